@@ -1,0 +1,93 @@
+"""Config keys that belong to no paper, and the config class whose YAML loading is safe.
+
+Every key that a paper adds stands in that paper's ``config.py`` under its own node.
+"""
+
+import difflib
+
+import yaml
+from detectron2.config import CfgNode
+
+from .errors import ConfigError
+
+# Keys that hold a number of classes -> the list in a data set's metadata that it must equal. Papers add theirs.
+CLASS_COUNT_KEYS = {
+    "MODEL.ROI_HEADS.NUM_CLASSES": "thing_classes",
+    "MODEL.RETINANET.NUM_CLASSES": "thing_classes",
+    "MODEL.SEM_SEG_HEAD.NUM_CLASSES": "stuff_classes",
+}
+
+
+class Config(CfgNode):
+    """Detectron2's CfgNode with YAML loading that never runs code and errors that say what to do.
+
+    Detectron2's own ``merge_from_file`` admits YAML tags that construct any Python object; here a file that has one is
+    refused with a :class:`ConfigError`, and so are files that do not exist and keys that nobody reads.
+    """
+
+    def merge_from_file(self, cfg_filename: str, allow_unsafe: bool = False) -> None:
+        """Merge a YAML file (with its ``_BASE_`` chain). ``allow_unsafe=True`` is for files you wrote yourself."""
+        try:
+            super().merge_from_file(cfg_filename, allow_unsafe=allow_unsafe)
+        except yaml.YAMLError as error:
+            raise ConfigError(
+                f"Config file '{cfg_filename}' is not plain YAML ({one_line(error)}). Expected mappings of plain "
+                "values; tags that construct Python objects are refused."
+            ) from error
+        except RecursionError as error:
+            raise ConfigError(f"Config file '{cfg_filename}': its _BASE_ leads back to itself.") from error
+        except (KeyError, ValueError, AssertionError, TypeError, AttributeError, OSError) as error:
+            raise ConfigError(f"Config file '{cfg_filename}': {self._explain(error)}") from error
+
+    def merge_from_list(self, cfg_list: list) -> None:
+        """Merge ``[KEY, VALUE, KEY, VALUE, ...]`` as given at the end of a command line."""
+        try:
+            super().merge_from_list(cfg_list)
+        except (KeyError, ValueError, AssertionError, TypeError, AttributeError) as error:
+            raise ConfigError(f"KEY VALUE overrides: {self._explain(error)}") from error
+
+    def keys_in_full(self, prefix: str = "") -> list[str]:
+        """All leaf keys with their path: ``["MODEL.DEVICE", ...]``."""
+        keys = []
+        for key, value in self.items():
+            path = f"{prefix}{key}"
+            keys += Config.keys_in_full(value, f"{path}.") if isinstance(value, CfgNode) else [path]
+        return keys
+
+    def _explain(self, error: Exception) -> str:
+        text = one_line(error)
+        if "Non-existent" not in text:
+            return text
+        wrong = text.split(": ")[-1].strip("'\" ")
+        close = difflib.get_close_matches(wrong, self.keys_in_full(), n=3, cutoff=0.5)
+        hint = f" Did you mean {' or '.join(close)}?" if close else ""
+        return f"there is no key {wrong}.{hint}"
+
+
+def one_line(error: Exception) -> str:
+    """The message of an exception as one line without the quotes that KeyError adds."""
+    return " ".join(str(error).strip("'\"").split())
+
+
+def add_common_config(cfg: CfgNode) -> None:
+    """Add the keys that all papers share to ``cfg``."""
+    # Trainer by its registered name: "StandardTrainer", or one that a paper registers.
+    cfg.SOLVER.TRAINER = "StandardTrainer"
+    # "SGD" (MOMENTUM, NESTEROV) or "AdamW"; weight decay, bias and norm rules and clipping are Detectron2's.
+    cfg.SOLVER.OPTIMIZER = "SGD"
+    # What SOLVER.AMP.ENABLED computes in on a GPU: "float16" (with loss scaling) or "bfloat16".
+    cfg.SOLVER.AMP.DTYPE = "float16"
+    # How many periodic checkpoints stay on disk; the final and the best one are kept beside them.
+    cfg.SOLVER.CHECKPOINTS_KEPT = 3
+    # Data set mapper by its registered name.
+    cfg.INPUT.MAPPER = "InstanceMapper"
+    # Your own data in COCO format without a line of code: [[name, annotations.json, image folder], ...].
+    cfg.DATASETS.REGISTER = []
+    # Evaluate the training losses on DATASETS.TEST too, at every TEST.EVAL_PERIOD (no augmentation, BN in eval mode).
+    cfg.TEST.VALIDATION_LOSS = False
+    # Keep the checkpoint with the highest value of this metric as model_best.pth, e.g. "segm/AP"; "" keeps none.
+    cfg.TEST.BEST_METRIC = ""
+    # How many pictures (ground truth beside prediction) an evaluation leaves.
+    cfg.TEST.PICTURES = 8
+    # Progress lines, metrics.json and TensorBoard get a record every so many iterations.
+    cfg.SOLVER.LOG_PERIOD = 20

@@ -1,0 +1,211 @@
+"""train_net.py as a user calls it."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from projects.engine.launch import guarded
+
+REPO = Path(__file__).resolve().parents[2]
+SHAPES = str(REPO / "configs/baseline/shapes_mask_rcnn_R_18_FPN.yaml")
+
+
+@pytest.fixture(scope="module")
+def train_net():
+    spec = importlib.util.spec_from_file_location("train_net", REPO / "train_net.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (["SOLVER.BASE_LRR", "1"], "no key SOLVER.BASE_LRR. Did you mean SOLVER.BASE_LR"),
+        (["SOLVER.BASE_LR"], "KEY VALUE pairs"),
+        (["SOLVER.STEPS", "often"], "SOLVER.STEPS"),
+        (["DATASETS.TRAIN", "('shapes_trian',)"], "no data set 'shapes_trian'. Did you mean shapes_train"),
+        (["DATASETS.TRAIN", "()"], "DATASETS.TRAIN is empty"),
+        (["DATASETS.TEST", "('coco_2017_val',)"], "DETECTRON2_DATASETS"),
+        (["MODEL.ROI_HEADS.NUM_CLASSES", "5"], "is set to 5, but 'shapes_train' has 8"),
+        (["SOLVER.TRAINER", "MyTrainer"], "no trainer 'MyTrainer'. There are: StandardTrainer"),
+        (["INPUT.MAPPER", "MyMapper"], "no mapper 'MyMapper'"),
+        (["SOLVER.OPTIMIZER", "Lion"], "Lion"),
+        (["SOLVER.IMS_PER_BATCH", "0"], "SOLVER.IMS_PER_BATCH is 0"),
+        (["DATALOADER.SAMPLER_TRAIN", "Mine"], "no 'Mine'"),
+        (["DATASETS.REGISTER", "[['a', 'b']]"], "DATASETS.REGISTER"),
+        (["MODEL.META_ARCHITECTURE", "MyModel"], "MyModel"),
+        (["SOLVER.CHECKPOINT_PERIOD", "0"], "SOLVER.CHECKPOINT_PERIOD is 0"),
+        (["SOLVER.LOG_PERIOD", "-1"], "SOLVER.LOG_PERIOD is -1"),
+        (["DATASETS.REGISTER", "[['shapes_val', 'a.json', 'b']]"], "'shapes_val' already"),
+        (["DATASETS.TEST", "('shapes_val_panoptic',)"], "evaluator type 'coco_panoptic_seg'"),
+        (["MODEL.WEIGHTS", "nowhere.pth"], "no weights file 'nowhere.pth'"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_wrong_input_is_a_paragraph_and_exit_code_2(train_net, tiny_opts, capsys, arguments, expected):
+    opts = [str(word) for word in tiny_opts] + arguments
+    assert guarded(train_net.main, train_net.parse_args(["--config-file", SHAPES, *opts])) == 2
+    message = capsys.readouterr().err.split("error: ")[-1].strip()
+    assert expected in message and "Traceback" not in message and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ([], "Pass --config-file"),
+        (["--config-file", "nowhere.yaml"], "no config file 'nowhere.yaml'"),
+        (["--config-file", SHAPES, "--num-gpus", "99"], "--num-gpus 99"),
+        (["--config-file", SHAPES, "--num-gpus", "-1"], "--num-gpus -1"),
+        (["--config-file", SHAPES, "--num-procs", "0"], "--num-procs"),
+        (["--config-file", SHAPES, "--num-machines", "2", "--machine-rank", "2"], "--machine-rank"),
+        (["--config-file", SHAPES, "--num-machines", "2"], "--dist-url"),
+    ],
+)
+def test_wrong_flags(train_net, shapes_root, capsys, flags, expected):
+    assert guarded(train_net.main, train_net.parse_args(flags)) == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_missing_shapes_say_how_to_make_them(run_script, tmp_path):
+    done = run_script("train_net.py", "--config-file", SHAPES, env={"DETECTRON2_DATASETS": str(tmp_path)})
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "tools/prepare_shapes.py" in done.stderr and str(tmp_path) in done.stderr
+
+
+def test_class_count_comes_from_own_data_set(train_net, shapes_root, tmp_path):
+    annotations = json.loads((shapes_root / "shapes/coco/annotations/instances_train.json").read_text())
+    annotations["categories"] = annotations["categories"][:3]
+    kept = {category["id"] for category in annotations["categories"]}
+    annotations["annotations"] = [a for a in annotations["annotations"] if a["category_id"] in kept]
+    (tmp_path / "own.json").write_text(json.dumps(annotations))
+    own = [["own_three_classes", str(tmp_path / "own.json"), str(shapes_root / "shapes/coco/train")]]
+    base = str(REPO / "configs/baseline/mask_rcnn_R_50_FPN_1x.yaml")
+    opts = ["DATASETS.REGISTER", json.dumps(own), "DATASETS.TRAIN", "('own_three_classes',)", "DATASETS.TEST", "()"]
+    cfg = train_net.setup(train_net.parse_args(["--config-file", base, *opts]))
+    assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == cfg.MODEL.RETINANET.NUM_CLASSES == 3
+    assert cfg.OUTPUT_DIR == "output/baseline/mask_rcnn_R_50_FPN_1x"
+    mixed = [*opts, "DATASETS.TEST", "('shapes_val',)"]
+    assert guarded(train_net.main, train_net.parse_args(["--config-file", base, *mixed])) == 2
+
+
+@pytest.mark.parametrize("content", ['{"images": [', "[]", '{"images": [], "annotations": []}'])
+def test_malformed_own_data_is_named(train_net, tiny_opts, tmp_path, capsys, content):
+    (tmp_path / "own.json").write_text(content)
+    name = f"own_malformed_{len(content)}"
+    own = ["DATASETS.REGISTER", json.dumps([[name, str(tmp_path / "own.json"), str(tmp_path)]])]
+    opts = [*map(str, tiny_opts), *own, "DATASETS.TRAIN", f"('{name}',)", "DATASETS.TEST", "()"]
+    assert guarded(train_net.main, train_net.parse_args(["--config-file", SHAPES, *opts])) == 2
+    assert "own.json" in capsys.readouterr().err
+
+
+def test_base_that_leads_back_to_itself(train_net, tmp_path, capsys):
+    (tmp_path / "circle.yaml").write_text("_BASE_: circle.yaml\n")
+    assert guarded(train_net.main, train_net.parse_args(["--config-file", str(tmp_path / "circle.yaml")])) == 2
+    assert "leads back to itself" in capsys.readouterr().err
+
+
+def test_a_folder_with_checkpoints_is_refused_and_left_alone(train_net, tiny_opts, tmp_path, capsys):
+    folder = tmp_path / "output"
+    folder.mkdir()
+    for name in ("model_0000009.pth", "config.yaml"):
+        (folder / name).write_text("earlier")
+    arguments = ["--config-file", SHAPES, *map(str, tiny_opts)]
+    assert guarded(train_net.main, train_net.parse_args(arguments)) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert (folder / "config.yaml").read_text() == "earlier"
+
+
+def test_signal_to_the_whole_group_saves(tiny_opts, tmp_path):
+    opts = ["SOLVER.MAX_ITER", 10_000, "DATASETS.TEST", "()", "DATALOADER.NUM_WORKERS", 2]
+    with open(tmp_path / "log", "w") as log:
+        running = subprocess.Popen(
+            command(tiny_opts) + list(map(str, opts)), stdout=log, stderr=log, start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+    deadline = time.time() + 120
+    while "iteration 3/" not in (tmp_path / "log").read_text() and time.time() < deadline and running.poll() is None:
+        time.sleep(0.05)
+    os.killpg(running.pid, signal.SIGTERM)
+    assert running.wait(60) == 143, (tmp_path / "log").read_text()[-2000:]
+    assert list((tmp_path / "output").glob("model_0*.pth"))
+
+
+def command(tiny_opts, *more) -> list[str]:
+    return [sys.executable, str(REPO / "train_net.py"), "--config-file", SHAPES, *map(str, [*more, *tiny_opts])]
+
+
+def test_killed_run_resumes_to_the_same_end(tiny_opts, tmp_path):
+    opts = ["SOLVER.MAX_ITER", 24, "SOLVER.CHECKPOINT_PERIOD", 4, "DATASETS.TEST", "()", "SOLVER.CHECKPOINTS_KEPT", 9]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    parts, whole = tmp_path / "parts", tmp_path / "whole"
+    log = open(tmp_path / "log", "w")  # noqa: SIM115  outlives the process that writes it
+    killed = subprocess.Popen(
+        command(tiny_opts) + [*map(str, opts), "OUTPUT_DIR", str(parts)],
+        env=env, stdout=log, stderr=log, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.time() + 120
+    while not (parts / "model_0000007.pth").exists() and time.time() < deadline and killed.poll() is None:
+        time.sleep(0.02)
+    os.killpg(killed.pid, signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL, (tmp_path / "log").read_text()
+    logs = []
+    for folder, flags in ((parts, ["--resume"]), (whole, [])):
+        done = subprocess.run(
+            command(tiny_opts, *flags) + [*map(str, opts), "OUTPUT_DIR", str(folder)],
+            env=env, capture_output=True, text=True, timeout=240,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        logs.append(done.stdout + done.stderr)
+    assert "Training from iteration 0 " in logs[1] and "Training from iteration 0 " not in logs[0]
+    models = [torch.load(folder / "model_final.pth", weights_only=True)["model"] for folder in (whole, parts)]
+    assert [name for name in models[0] if not torch.equal(models[0][name], models[1][name])] == []
+
+
+def test_eval_only_writes_the_tables_of_training_and_refuses_what_does_not_fit(tiny_opts, run_script, tmp_path):
+    trained = command(tiny_opts)[2:] + ["SOLVER.MAX_ITER", "2", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"]
+    done = run_script("train_net.py", *trained)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "output"
+    results = json.loads((folder / "results.json").read_text())
+    assert {"bbox", "segm"} <= results.keys()
+    weights = str(folder / "model_final.pth")
+    evaluated = [*trained, "OUTPUT_DIR", str(tmp_path / "evaluated"), "MODEL.WEIGHTS", weights]
+    done = run_script("train_net.py", "--eval-only", *evaluated)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "evaluated/results.json").read_text() == (folder / "results.json").read_text()
+    done = run_script("train_net.py", "--eval-only", *evaluated, "MODEL.ROI_MASK_HEAD.CONV_DIM", "8")
+    assert done.returncode == 2 and "do not fit this config" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_real_photographs_train_and_evaluate(real_coco_root, run_script, tmp_path):
+    config = REPO / "configs/baseline/tiny_coco_mask_rcnn_R_18_FPN.yaml"
+    opts = ["SOLVER.MAX_ITER", 40, "SOLVER.IMS_PER_BATCH", 2, "SOLVER.WARMUP_ITERS", 5, "SOLVER.LOG_PERIOD", 5]
+    sizes = [
+        "INPUT.MIN_SIZE_TRAIN",
+        "(128,)",
+        "INPUT.MIN_SIZE_TEST",
+        128,
+        "TEST.PICTURES",
+        2,
+        "MODEL.RPN.POST_NMS_TOPK_TEST",
+        50,
+    ]
+    done = run_script(
+        "train_net.py", "--config-file", config, *opts, *sizes, "OUTPUT_DIR", tmp_path,
+        env={"DETECTRON2_DATASETS": str(real_coco_root)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
+    curve = [row["total_loss"] for row in rows if "total_loss" in row]
+    assert len(curve) == 8 and sum(curve[-3:]) < 0.8 * sum(curve[:3])
+    assert json.loads((tmp_path / "results.json").read_text())["bbox"]["AP"] >= 0
+    assert len(list(tmp_path.glob("evaluation/coco_2017_train/pictures/*.png"))) == 2

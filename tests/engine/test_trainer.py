@@ -1,0 +1,191 @@
+import json
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.config import CfgNode
+
+from projects.engine.divergence import DivergedError
+from projects.engine.optimizer import build_optimizer
+from projects.engine.trainer import StandardTrainer
+from projects.errors import CheckpointError, ConfigError
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def run(cfg: CfgNode, resume: bool = False, stop_after: int | None = None, seed: int = 0) -> StandardTrainer:
+    """Train; with ``stop_after``, until SIGTERM arrives in the iteration of that number."""
+    torch.manual_seed(seed)
+    trainer = StandardTrainer(cfg)
+    trainer.resume_or_load(resume)
+    if stop_after is not None:
+        step = trainer.run_step
+
+        def step_then_signal():
+            if trainer.iter == stop_after:
+                signal.raise_signal(signal.SIGTERM)
+            step()
+
+        trainer.run_step = step_then_signal
+    trainer.train()
+    return trainer
+
+
+def state_of(trainer: StandardTrainer) -> dict[str, torch.Tensor]:
+    tensors = dict(trainer.model.state_dict())
+    for i, values in trainer.optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{i}.{name}": torch.as_tensor(value) for name, value in values.items()}
+    return tensors
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resumed_run_is_the_same_run_bit_by_bit(tiny_cfg, tmp_path, workers):
+    opts = ["SOLVER.MAX_ITER", 20, "DATALOADER.NUM_WORKERS", workers, "TEST.EVAL_PERIOD", 5, "DATASETS.TEST", ()]
+    whole = run(tiny_cfg(*opts, "OUTPUT_DIR", str(tmp_path / "whole")))
+    cfg = tiny_cfg(*opts, "OUTPUT_DIR", str(tmp_path / "parts"))
+    first = run(cfg, stop_after=9)
+    assert first.stopped_by == signal.SIGTERM and first.iter == 9
+    second = run(cfg, resume=True, seed=1)
+    assert second.start_iter == 10
+    expected, found = state_of(whole), state_of(second)
+    assert expected.keys() == found.keys()
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+    curve = {name: losses(tmp_path / name) for name in ("whole", "parts")}
+    assert curve["whole"] == curve["parts"] and len(curve["whole"]) == 20
+
+
+def losses(folder: Path) -> dict[int, float]:
+    rows = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+    return {row["iteration"]: row["total_loss"] for row in rows if "total_loss" in row}
+
+
+def test_workers_do_not_change_what_is_seen(tiny_cfg):
+    batches = []
+    for workers in (0, 1, 2):
+        trainer = StandardTrainer(tiny_cfg("DATALOADER.NUM_WORKERS", workers))
+        batches.append([next(trainer.loader) for _ in range(4)])
+    for other in batches[1:]:
+        for batch, expected in zip(other, batches[0], strict=True):
+            assert [s["image_id"] for s in batch] == [s["image_id"] for s in expected]
+            assert all(torch.equal(a["image"], b["image"]) for a, b in zip(batch, expected, strict=True))
+
+
+def test_a_finished_run_can_go_on(tiny_cfg, tmp_path):
+    run(tiny_cfg("SOLVER.MAX_ITER", 2, "DATASETS.TEST", ()))
+    longer = tiny_cfg("SOLVER.MAX_ITER", 4, "DATASETS.TEST", ())
+    interrupted = run(longer, resume=True, stop_after=2)
+    assert interrupted.start_iter == 2 and interrupted.iter == 2
+    names = {path.name for path in (tmp_path / "output").glob("model_*.pth")}
+    assert names == {"model_0000001.pth", "model_0000002.pth"}
+    assert run(longer, resume=True).start_iter == 3
+    assert run(longer, resume=True).start_iter == 4
+
+
+def test_resuming_another_model_is_refused(tiny_cfg):
+    run(tiny_cfg("SOLVER.MAX_ITER", 1, "DATASETS.TEST", ()))
+    with pytest.raises(CheckpointError, match="do not fit this config|does not fit this config"):
+        run(tiny_cfg("SOLVER.MAX_ITER", 2, "DATASETS.TEST", (), "MODEL.ROI_MASK_HEAD.CONV_DIM", 8), resume=True)
+
+
+def test_precise_bn_is_saved_and_resumes_exactly(tiny_cfg, tmp_path):
+    opts = ["SOLVER.MAX_ITER", 6, "DATASETS.TEST", (), "TEST.EVAL_PERIOD", 2, "TEST.PRECISE_BN.ENABLED", True]
+    opts += ["TEST.PRECISE_BN.NUM_ITER", 2, "DATALOADER.NUM_WORKERS", 0]
+    plain = run(tiny_cfg(*opts, "TEST.PRECISE_BN.ENABLED", False, "OUTPUT_DIR", str(tmp_path / "plain")))
+    whole = run(tiny_cfg(*opts, "OUTPUT_DIR", str(tmp_path / "whole")))
+    cfg = tiny_cfg(*opts, "OUTPUT_DIR", str(tmp_path / "parts"))
+    run(cfg, stop_after=2)
+    parts = run(cfg, resume=True)
+    expected, found, without = state_of(whole), state_of(parts), state_of(plain)
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+    assert [name for name in expected if not torch.equal(expected[name], without[name])]
+    saved = torch.load(tmp_path / "whole/model_final.pth", weights_only=True)["model"]
+    assert all(torch.equal(expected[name], value) for name, value in saved.items())
+
+
+def test_training_leaves_what_a_person_looks_at(tiny_cfg, tmp_path):
+    cfg = tiny_cfg(
+        *("SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 1, "SOLVER.CHECKPOINTS_KEPT", 2, "TEST.EVAL_PERIOD", 2),
+        *("TEST.VALIDATION_LOSS", True, "TEST.BEST_METRIC", "bbox/AP", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0),
+    )
+    trainer = run(cfg)
+    folder = tmp_path / "output"
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert {"losses.png", "metrics.json", "last_checkpoint", "model_best.pth", "best.json"} <= names
+    assert {name for name in names if name.startswith("model_0")} == {"model_0000001.pth", "model_0000002.pth"}
+    assert len([name for name in names if "shapes_val/pictures" in name]) == 2
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    rows = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+    with_validation = [row for row in rows if "val_total_loss" in row]
+    assert len(with_validation) == 2 and {"val_loss_mask", "val_loss_rpn_cls"} <= with_validation[0].keys()
+    assert {"bbox", "segm"} <= trainer.results.keys()
+    assert torch.load(folder / "model_final.pth", weights_only=True)["iteration"] == 3
+
+
+def test_validation_loss_moves_no_weight_and_no_generator(tiny_cfg):
+    opts = ["SOLVER.MAX_ITER", 4, "TEST.EVAL_PERIOD", 1]
+    plain = run(tiny_cfg(*opts, "DATASETS.TEST", (), "OUTPUT_DIR", str(tiny_cfg().OUTPUT_DIR) + "_plain"))
+    evaluated = run(tiny_cfg(*opts, "TEST.VALIDATION_LOSS", True))
+    expected, found = state_of(plain), state_of(evaluated)
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+
+
+def test_diverging_loss_is_named_and_can_be_replayed(tiny_cfg, tmp_path):
+    cfg = tiny_cfg("SOLVER.MAX_ITER", 6, "SOLVER.BASE_LR", 1e20, "DATASETS.TEST", (), "SOLVER.OPTIMIZER", "SGD")
+    with pytest.raises(DivergedError, match=r"(loss_\w+|forward) not finite.*Image ids") as caught:
+        run(cfg)
+    folder = next((tmp_path / "output").glob("diverged_*"))
+    assert str(folder) in str(caught.value)
+    assert sum(path.stat().st_size for path in folder.glob("rank*.pth")) < 100_000
+    done = subprocess.run(
+        [sys.executable, REPO / "tools/replay_divergence.py", folder], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0 and re.search(r"\b(nan|inf|NaN)\b", done.stdout), done.stdout + done.stderr
+
+
+def test_weights_after_divergence_are_those_before_the_step(tiny_cfg, tmp_path, monkeypatch):
+    trainer = StandardTrainer(tiny_cfg("SOLVER.MAX_ITER", 3, "DATASETS.TEST", ()))
+    forward = trainer.parallel_model.forward
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    monkeypatch.setattr(
+        trainer.parallel_model, "forward", lambda batch: {k: v * float("inf") for k, v in forward(batch).items()}
+    )
+    with pytest.raises(DivergedError, match="iteration 0"):
+        trainer.train()
+    assert all(torch.equal(before[name], p) for name, p in trainer.model.named_parameters())
+
+
+@pytest.mark.parametrize("name, kind", [("SGD", torch.optim.SGD), ("AdamW", torch.optim.AdamW)])
+def test_optimizer_follows_detectron2s_rules(tiny_cfg, name, kind):
+    cfg = tiny_cfg(
+        *("SOLVER.OPTIMIZER", name, "SOLVER.WEIGHT_DECAY", 0.3, "SOLVER.WEIGHT_DECAY_NORM", 0.1),
+        *("SOLVER.WEIGHT_DECAY_BIAS", 0.2, "SOLVER.BIAS_LR_FACTOR", 2.0, "SOLVER.BASE_LR", 0.5),
+        *("SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.CLIP_GRADIENTS.CLIP_VALUE", 0.01),
+    )
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    optimizer = build_optimizer(cfg, model)
+    assert isinstance(optimizer, kind)
+    rules = {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    assert rules[id(model[0].weight)] == (0.5, 0.3)
+    assert rules[id(model[0].bias)] == (1.0, 0.2)
+    assert rules[id(model[1].weight)] == (0.5, 0.1)
+    model(torch.randn(4, 2) * 100).square().sum().backward()
+    model[0].weight.grad.fill_(5.0)
+    optimizer.step()
+    assert model[0].weight.grad.max() == pytest.approx(0.01)
+
+
+def test_unknown_optimizer_is_refused(tiny_cfg):
+    with pytest.raises(ConfigError, match="Lion.*SGD, AdamW"):
+        build_optimizer(tiny_cfg("SOLVER.OPTIMIZER", "Lion"), torch.nn.Linear(1, 1))
