@@ -72,13 +72,14 @@ def median_times(functions: list[Callable], device: str, repeats: int) -> list[f
 def cases(device: str, dtype: torch.dtype) -> dict[str, dict[str, Callable[[], Callable]]]:
     """Row name -> {"torchvision": ..., "ours": ...}, each a function that prepares and returns the call to be timed."""
     boxes = make_boxes(BOXES, device)
+    their_boxes = boxes.to(dtype)  # torchvision wants one type
     prob = torch.rand(BOXES, 1, 28, 28, generator=torch.Generator().manual_seed(2)).to(device)
     rows = {}
     for size in (7, 14):
         for layout in LAYOUTS:
 
-            def theirs(features, boxes=boxes, size=size):
-                return roi_align(features, boxes.to(features.dtype), size, SCALE, 2, True)
+            def theirs(features, boxes=their_boxes, size=size):
+                return roi_align(features, boxes, size, SCALE, 2, True)
 
             def plain(features, size=size):
                 return sg_roi_align(features, boxes, None, size, SCALE, 2)
@@ -108,10 +109,11 @@ def cases(device: str, dtype: torch.dtype) -> dict[str, dict[str, Callable[[], C
                 "ours": lambda c=train, p=plain: c(p),
             }
     few = make_boxes(128, device)
+    their_few = few.to(dtype)
     for layout in LAYOUTS:
 
         def sampled(features):
-            return roi_align(features, few.to(features.dtype), 28, SCALE, 4, True)
+            return roi_align(features, their_few, 28, SCALE, 4, True)
 
         def train(function, *more, layout=layout):
             return forward_and_backward(function, make_features(layout, dtype, device), *more)
@@ -208,18 +210,20 @@ def model_table(device: str, repeats: int) -> list[str]:
             replace_roi_align(model)
         models.append(model)
     image = torch.randint(0, 256, (3, 800, 1333), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    spent = dict.fromkeys(models, 0.0)
+    spent = {model: [] for model in models}  # (box pooler, mask pooler) of each run in turn, ms
 
     def time_poolers(model):
-        """Add up the time inside the box and the mask pooler."""
+        """Note the time inside the box and the mask pooler."""
         for pooler in (model.roi_heads.box_pooler, model.roi_heads.mask_pooler):
 
             def timed(*args, forward=pooler.forward):
+                if device == "cuda":
+                    torch.cuda.synchronize()
                 start = time.perf_counter()
                 output = forward(*args)
                 if device == "cuda":
                     torch.cuda.synchronize()
-                spent[model] += time.perf_counter() - start
+                spent[model].append((time.perf_counter() - start) * 1e3)
                 return output
 
             pooler.forward = timed
@@ -232,9 +236,8 @@ def model_table(device: str, repeats: int) -> list[str]:
         return model([{"image": image, "height": 800, "width": 1333}])
 
     detections = [len(run(model)[0]["instances"]) for model in models]
-    spent.update(dict.fromkeys(models, 0.0))
     whole = median_times([lambda: run(models[0]), lambda: run(models[1])], device, repeats)
-    poolers = [spent[model] / (repeats + 1) * 1e3 for model in models]
+    poolers = [statistics.median(map(sum, batched(spent[model][-2 * repeats :], 2))) for model in models]
     rows = [("the image", whole), ("of this, box and mask pooler", poolers)]
     return [
         f"| Mask R-CNN R50-FPN, {device}, 800 x 1333, 1000 proposals, {detections[0]} detections "
@@ -242,6 +245,10 @@ def model_table(device: str, repeats: int) -> list[str]:
         "|---|---|---|---|",
         *(f"| {name} | {a:.0f} ms | {b:.0f} ms | **{a / b:.2f}x** |" for name, (a, b) in rows),
     ]
+
+
+def batched(values: list, size: int) -> list[list]:
+    return [values[i : i + size] for i in range(0, len(values), size)]
 
 
 def describe(device: str) -> str:

@@ -31,6 +31,7 @@ def check_pool_arguments(
     Raises:
         TypeError: something is not a tensor, or of the wrong type.
         ValueError: a wrong shape, device or number.
+        NotImplementedError: something carries a forward-mode derivative, which would be lost.
     """
     for name, tensor in [("features", features), ("rois", rois), ("prob", prob)]:
         if tensor is None and name == "prob":
@@ -39,6 +40,8 @@ def check_pool_arguments(
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
         if not tensor.is_floating_point() or tensor.element_size() < 2:
             raise TypeError(f"{name} must be float64, float32, float16 or bfloat16, got {tensor.dtype}")
+        if not torch.compiler.is_compiling() and torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(f"{name} carries a forward-mode derivative; these operators have gradients only")
         if tensor.device != features.device:
             raise ValueError(f"{name} must be on the device of features, {features.device}, got {tensor.device}")
         allowed = {features.dtype, torch.float32}

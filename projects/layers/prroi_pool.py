@@ -29,11 +29,11 @@ def prroi_pool(
         (R, C, rows, columns) in the type and memory format of ``features``; sums are taken in float32 at least. A RoI
         without area (x1 <= x0 or y1 <= y0), or with NaN or infinite coordinates, gives zeros and zero gradients.
 
-    Gradients go to ``features`` and to the box coordinates, once; on the CPU they are the same bit by bit for any number
-    of threads.
+    Gradients go to ``features`` and to the box coordinates, once; on the CPU those of the compiled operator are the
+    same bit by bit for any number of threads.
 
     Raises:
-        TypeError, ValueError, IndexError: naming what was expected and what was given. (On a GPU a batch index out of
+        TypeError, ValueError, IndexError, NotImplementedError: naming what was expected and what was given. (On a GPU a batch index out of
             range is printed and stops the kernel by an assertion.)
 
     Example: on the ramp f(x, y) = x, a bin has the x of its centre, and moves by half of what an edge moves.

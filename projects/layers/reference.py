@@ -81,12 +81,11 @@ def prroi_pool(features: Tensor, rois: Tensor, output_size: list[int], spatial_s
         count = _most(last - first)
         pixels = first[..., None] + torch.arange(count, device=start.device)
         filled = ((upper > lower)[..., None]) & (pixels < last[..., None])
-        width = torch.where(filled, (upper - lower)[..., None], 1)
-        mean = (_hat_integral(upper[..., None] - pixels) - _hat_integral(lower[..., None] - pixels)) / width
+        mean = _mean_of_hat(lower[..., None] - pixels, torch.where(filled, (upper - lower)[..., None], 1))
         return pixels.clamp(max=size - 1).long(), torch.where(filled, mean, 0)
 
     def taps(boxes: Tensor, chosen: slice):
-        boxes = boxes.double()  # differences of integrals lose digits in small bins
+        boxes = boxes.double()  # small bins far from 0 lose digits otherwise
         y, wy = axis(boxes[:, 1], boxes[:, 3], output_size[0], features.shape[2])
         x, wx = axis(boxes[:, 0], boxes[:, 2], output_size[1], features.shape[3])
         return y, x, torch.einsum("rpk,rql->rpqkl", wy, wx)
@@ -124,13 +123,13 @@ def _pool_in_full_precision(features, rois, output_size, spatial_scale, offset, 
         rows = rows + (rois[chosen, 0].long() * height)[:, None, None]
         index = rows[:, :, None, :, None] * width + columns[:, None, :, None, :]
         bags = index.shape[:3].numel()
-        weights = (weights.flatten(3) * finite[chosen, None, None, None]).to(dtype)
+        weights = weights.flatten(3) * finite[chosen, None, None, None]
         if index.numel() == 0 or channels == 0:  # nothing to add up: zeros that know where they come from
-            output = (pixels[:0].sum() + weights.sum()).expand(bags, channels)
+            output = (pixels[:0].sum() + weights.sum().to(dtype)).expand(bags, channels)
         else:
             weights = weights.reshape(bags, -1)
             index = torch.where(weights != 0, index.reshape(bags, -1), len(pixels) - 1)
-            output = F.embedding_bag(index, pixels, mode="sum", per_sample_weights=weights)
+            output = F.embedding_bag(index, pixels, mode="sum", per_sample_weights=weights.to(dtype))
         outputs.append(output.view(len(rows), *output_size, channels))
     output = torch.cat(outputs).permute(0, 3, 1, 2).to(features.dtype)
     return output.contiguous(memory_format=torch.channels_last if is_channels_last(features) else torch.contiguous_format)
@@ -158,7 +157,13 @@ def _interpolate(prob: Tensor, v: Tensor, u: Tensor) -> Tensor:
     return torch.einsum("ryh,rhw,rxw->ryx", matrix(v, prob.shape[1]), prob, matrix(u, prob.shape[2]))
 
 
-def _hat_integral(t: Tensor) -> Tensor:
-    """The integral of max(0, 1 - |x|) from 0 to t."""
-    t = t.clamp(-1, 1)
-    return t - t * t.abs() / 2
+def _mean_of_hat(a: Tensor, width: Tensor) -> Tensor:
+    """The mean of max(0, 1 - |x|) over [a, a + width]: of its rising and its falling side, each side's share of the width times
+    the value in the middle of that. The shares need no gradient: what one side gains the other loses, at the same value."""
+    mean = 0
+    for low, high in [(-1.0, 0.0), (0.0, 1.0)]:
+        with torch.no_grad():
+            start, end = ((edge - a).clamp(min=0).minimum(width) / width for edge in (low, high))
+        middle = (start + end) / 2 * width
+        mean = mean + (end - start) * (a + 1 + middle if high == 0 else 1 - a - middle)
+    return mean

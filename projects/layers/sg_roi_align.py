@@ -36,10 +36,11 @@ def sg_roi_align(
         (R, C, rows, columns) in the type and memory format of ``features``; sums are taken in float32 at least. A RoI
         with NaN or infinite coordinates gives zeros; one of no size, or inverted, what RoIAlign gives.
 
-    Gradients go to ``features`` and ``prob``, once; on the CPU they are the same bit by bit for any number of threads.
+    Gradients go to ``features`` and ``prob``, once; on the CPU those of the compiled operator are the same bit by bit for any
+    number of threads.
 
     Raises:
-        TypeError, ValueError, IndexError: naming what was expected and what was given. ValueError also for ``rois`` that
+        TypeError, ValueError, IndexError, NotImplementedError: naming what was expected and what was given. ValueError also for ``rois`` that
             require a gradient. (On a GPU a batch index out of range is printed and stops the kernel by an assertion.)
 
     Example:

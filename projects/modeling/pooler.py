@@ -12,7 +12,7 @@ from detectron2.structures import Boxes
 from torch import Tensor, nn
 
 from projects.layers import PrRoIPool, SgRoIAlign
-from projects.layers.checks import is_channels_last
+from projects.layers.checks import is_channels_last, sum_dtype
 
 POOLER_TYPES = ("SgRoIAlign", "PrRoIPool")
 
@@ -27,6 +27,8 @@ class Pooler(nn.Module):
         scales: feature pixels per image pixel of each level, halving from one to the next, e.g. (1/4, 1/8, 1/16, 1/32).
         sampling_ratio: see :func:`projects.layers.sg_roi_align`; PrRoIPool has no use for it.
         pooler_type: one of POOLER_TYPES.
+        aligned: whether half a pixel is subtracted after scaling; None: as the operator does by default (SgRoIAlign does,
+            like "ROIAlignV2"; PrRoIPool does not).
         canonical_box_size, canonical_level: a box of this size (square root of the area, image pixels) belongs on this
             level (stride 2 ** level); one of half the size one level below. Levels that are not there: the nearest.
     """
@@ -39,15 +41,17 @@ class Pooler(nn.Module):
         pooler_type: str = "SgRoIAlign",
         canonical_box_size: float = 224,
         canonical_level: int = 4,
+        aligned: bool | None = None,
     ):
         super().__init__()
         levels = [-math.log2(scale) for scale in scales]
         if not levels or levels != [round(levels[0]) + i for i in range(len(levels))] or levels[0] < 0:
             raise ValueError(f"scales must be powers of 1/2, each half of the one before, got {tuple(scales)}")
+        settings = {} if aligned is None else {"aligned": aligned}
         if pooler_type == "SgRoIAlign":
-            operators = [SgRoIAlign(output_size, scale, sampling_ratio) for scale in scales]
+            operators = [SgRoIAlign(output_size, scale, sampling_ratio, **settings) for scale in scales]
         elif pooler_type == "PrRoIPool":
-            operators = [PrRoIPool(output_size, scale) for scale in scales]
+            operators = [PrRoIPool(output_size, scale, **settings) for scale in scales]
         else:
             raise ValueError(f"pooler_type must be one of {POOLER_TYPES}, got {pooler_type!r}")
         self.level_poolers = nn.ModuleList(operators)
@@ -102,8 +106,17 @@ class Pooler(nn.Module):
         return pooler(features, rois) if probs is None else pooler(features, rois, probs)
 
 
+class FastRoIAlign(SgRoIAlign):
+    """SgRoIAlign without probability maps, called as Detectron2's ROIAlign is: with boxes of any type, also such that require a
+    gradient (they get none)."""
+
+    def forward(self, features: Tensor, rois: Tensor) -> Tensor:
+        """(N, C, H, W), (R, 5) -> (R, C, rows, columns)."""
+        return super().forward(features, rois.detach().to(sum_dtype(features)))
+
+
 def replace_roi_align(model: nn.Module) -> int:
-    """Replace every Detectron2 ``ROIAlign`` in a built model by SgRoIAlign without probability maps; return how many.
+    """Replace every Detectron2 ``ROIAlign`` in a built model by :class:`FastRoIAlign`; return how many (MODEL.FAST_ROI_ALIGN).
 
     The results are the same within rounding, and the operator is faster. ROIAlign has no weights, so that checkpoints fit as
     before. (Detectron2's ROIPooler knows its own pooler types only, hence the exchange in the built model, which also
@@ -113,7 +126,7 @@ def replace_roi_align(model: nn.Module) -> int:
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if type(child) is ROIAlign:
-                fast = SgRoIAlign(child.output_size, child.spatial_scale, child.sampling_ratio, child.aligned)
+                fast = FastRoIAlign(child.output_size, child.spatial_scale, child.sampling_ratio, child.aligned)
                 setattr(parent, name, fast)
                 replaced += 1
     return replaced

@@ -113,10 +113,87 @@ def test_huge_boxes_no_rois_slices_and_streams(cuda, make_rois):
         found = ops.sg_roi_align(f, huge.cuda(), None, [7, 7], 1.0, 0, True)
         torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-4)
     assert ops.sg_roi_align(features, huge[:0].cuda(), None, [7, 7], 1.0, 0, True).shape == (0, 8, 7, 7)
-    with torch.cuda.stream(torch.cuda.Stream()):
-        found = ops.prroi_pool(features, huge.cuda(), [7, 7], 1.0, False)
+
+
+@pytest.mark.gpu
+def test_runs_in_the_current_stream(cuda):
+    """The map is filled late in a stream of its own: a kernel in any other stream would see it before."""
+    ops = torch.ops.projects
+    rois = torch.tensor([[0.0, 1.0, 2.0, 30.0, 25.0]], device="cuda")
+    features = torch.zeros(1, 4, 30, 40, device="cuda")
     torch.cuda.synchronize()
-    torch.testing.assert_close(found.cpu(), ops.prroi_pool(features.cpu(), huge, [7, 7], 1.0, False), rtol=1e-4, atol=1e-4)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(500_000_000)
+        features.fill_(1.0)
+        found = [ops.prroi_pool(features, rois, [3, 3], 1.0, False)]
+        found.append(ops.sg_roi_align(features, rois, None, [3, 3], 1.0, 2, True))
+    torch.cuda.synchronize()
+    for output in found:
+        torch.testing.assert_close(output, torch.ones_like(output))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("aligned", [False, True])
+def test_without_maps_inverted_boxes_and_either_alignment(cuda, make_rois, aligned):
+    rois = make_rois(40, 2, 100, 120)
+    rois[::5, 1:] = rois[::5, 1:].flip(1)  # inverted
+    features, grad = torch.randn(2, 20, 25, 30), torch.randn(40, 20, 5, 5)
+    results = []
+    for device in ("cpu", "cuda"):
+        f, b = features.to(device).requires_grad_(), rois.to(device).requires_grad_()
+        plain = torch.ops.projects.sg_roi_align(f, b.detach(), None, [5, 5], 0.25, 2, aligned)
+        exact = torch.ops.projects.prroi_pool(f, b, [5, 5], 0.25, aligned)
+        results.append([plain, exact, *torch.autograd.grad((plain + exact), (f, b), grad.to(device))])
+    for on_cpu, on_gpu in zip(*results, strict=True):
+        torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.gpu
+def test_a_pixel_of_nan_at_weight_0_harms_nothing(cuda):
+    features = torch.ones(1, 3, 12, 12, device="cuda")
+    features[..., 8:, 8:] = float("nan")
+    rois = torch.tensor([[0.0, 1.5, 1.5, 7.5, 7.5]], device="cuda")  # points on pixel centres up to pixel 7
+    prob, boxes = torch.zeros(1, 1, 4, 4, device="cuda", requires_grad=True), rois.clone().requires_grad_()
+    output = torch.ops.projects.sg_roi_align(features, rois, prob, [3, 3], 1.0, 2, True)
+    pooled = torch.ops.projects.prroi_pool(features, boxes, [3, 3], 1.0, True)
+    assert output.isfinite().all() and pooled.isfinite().all()
+    assert torch.autograd.grad(output.sum(), prob)[0].isfinite().all()
+    assert torch.autograd.grad(pooled.sum(), boxes)[0].isfinite().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_opcheck_and_finite_differences(cuda, make_rois, channels_last):
+    rois = make_rois(6, 2, 36, 40, torch.float64).cuda()
+    prob = torch.rand(6, 1, 5, 4, dtype=torch.float64, device="cuda", requires_grad=True)
+    features = torch.randn(2, 3, 9, 10, dtype=torch.float64, device="cuda")
+    if channels_last:
+        features = features.contiguous(memory_format=torch.channels_last)
+    features.requires_grad_()
+    boxes = rois.clone().requires_grad_()
+    sampled, exact = torch.ops.projects.sg_roi_align, torch.ops.projects.prroi_pool
+    torch.library.opcheck(sampled, (features, rois, prob, [3, 2], 0.25, 2, True))
+    torch.library.opcheck(exact, (features, boxes, [3, 2], 0.25, False))
+    tolerance = {"nondet_tol": 1e-9}  # additions in any order
+    assert torch.autograd.gradcheck(lambda f, p: sampled(f, rois, p, [3, 2], 0.25, 2, True), (features, prob), **tolerance)
+    # Whole rows: the batch index has no derivative.
+    index = rois[:, :1]
+    assert torch.autograd.gradcheck(
+        lambda f, b: exact(f, torch.cat([index, b], 1), [3, 2], 0.25, False),
+        (features, rois[:, 1:].clone().requires_grad_()),
+        **tolerance,
+    )
+
+
+@pytest.mark.gpu
+def test_more_than_two_to_the_31_outputs(cuda):
+    if torch.cuda.mem_get_info()[0] < 8e9:
+        pytest.skip("needs 8 GB of free GPU memory")
+    rois = torch.tensor([[0.0, 0.0, 0.0, 8.0, 8.0]], device="cuda").repeat(700_000, 1)
+    features = torch.ones(1, 1, 8, 8, device="cuda", dtype=torch.float16)
+    output = torch.ops.projects.sg_roi_align(features, rois, None, [56, 56], 1.0, 1, True)
+    assert output.numel() > 2**31
+    assert (output[-1000:] == 1).all() and (output[:1000] == 1).all()
 
 
 @pytest.mark.gpu

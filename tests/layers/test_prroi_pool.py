@@ -172,6 +172,15 @@ def test_tiny_bins_keep_their_digits(implementation):
     torch.testing.assert_close(prroi_pool(features, rois, 7, 1.0).double(), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("width", [1e-3, 1e-20, 1e-37, 1e-45])
+def test_gradient_of_the_narrowest_boxes(implementation, width):
+    """On the ramp f = x a bin is the middle of its edges, however near to each other they are: half the gradient for each."""
+    ramp = torch.arange(8.0).repeat(8, 1).view(1, 1, 8, 8)
+    box = torch.tensor([[0.0, 0.0, 1.0, width, 3.0]], requires_grad=True)
+    grad = torch.autograd.grad(prroi_pool(ramp, box, 1, 1.0).sum(), box)[0]
+    torch.testing.assert_close(grad, torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]]), rtol=1e-5, atol=1e-6)
+
+
 def test_module(implementation, make_rois):
     features, rois = torch.randn(1, 4, 9, 9), make_rois(5, 1, 36, 36)
     module = PrRoIPool(28, 0.25, aligned=True)

@@ -70,6 +70,16 @@ def test_every_box_keeps_its_row_its_level_and_its_map(pyramid, pooler_type):
     assert used == {0, 1, 2, 3}
 
 
+def test_aligned_reaches_the_operators(pyramid):
+    boxes = [boxes_of_all_sizes(1), boxes_of_all_sizes(0)]
+    roi = torch.cat([torch.zeros(1, 1), boxes[0].tensor], dim=1)
+    for aligned in (False, True):
+        found = Pooler(7, SCALES, 2, "PrRoIPool", aligned=aligned)(pyramid, boxes)
+        torch.testing.assert_close(found, prroi_pool(pyramid[0], roi, 7, SCALES[0], aligned))
+    found = Pooler(7, SCALES, 2, aligned=False)(pyramid, boxes)
+    torch.testing.assert_close(found, ROIPooler(7, SCALES, 2, "ROIAlign")(pyramid, boxes), rtol=1e-5, atol=1e-5)
+
+
 def test_gradients_reach_every_level_and_the_maps(pyramid):
     """Also with boxes on one level only, or none: no level drops out of the graph."""
     pooler = Pooler(7, SCALES, 2)
@@ -167,4 +177,21 @@ def test_replace_roi_align_keeps_the_settings():
     model = nn.ModuleDict({"a": ROIAlign((7, 5), 0.25, 3, aligned=False), "b": nn.Linear(1, 1)})
     assert replace_roi_align(model) == 1
     assert isinstance(model["a"], SgRoIAlign)
-    assert repr(model["a"]) == "SgRoIAlign(output_size=(7, 5), spatial_scale=0.25, sampling_ratio=3, aligned=False)"
+    assert repr(model["a"]) == "FastRoIAlign(output_size=(7, 5), spatial_scale=0.25, sampling_ratio=3, aligned=False)"
+
+
+def test_replaced_roi_align_takes_what_detectron2s_takes():
+    """Boxes of another type than the features, and boxes that require a gradient, which they do not get."""
+    features, rois = torch.randn(1, 2, 8, 8, dtype=torch.float64), torch.tensor([[0.0, 1.0, 1.0, 30.0, 20.0]])
+    model = nn.ModuleDict({"a": ROIAlign(3, 0.25, 2)})
+    expected = model["a"](features, rois)
+    replace_roi_align(model)
+    torch.testing.assert_close(model["a"](features, rois.clone().requires_grad_()), expected)
+
+
+def test_the_key_replaces_every_roi_align(tiny_cfg):
+    from projects.modeling.build import build_model as build
+
+    kinds = [{type(m).__name__ for m in build(tiny_cfg("MODEL.FAST_ROI_ALIGN", fast)).modules()} for fast in (False, True)]
+    assert "ROIAlign" in kinds[0] and "FastRoIAlign" not in kinds[0]
+    assert "FastRoIAlign" in kinds[1] and "ROIAlign" not in kinds[1]

@@ -160,12 +160,15 @@ struct IntegratedAxis {
     return (linear_part(a, b, x - T(1), x, x) + linear_part(a, b, x, x + T(1), x)) / (b - a);
   }
 
-  // Derivatives of weight(k, i) by the bin's ends: of F(a, b) / (b - a) with dF/da = -hat(a), dF/db = hat(b).
+  // Derivatives of weight(k, i) by the bin's ends. The weight is the mean of hat(a + s (b - a) - i) over s in [0, 1], so they
+  // are the means of (1 - s) hat' and s hat': exact for the narrowest bins too.
   C10_HOST_DEVICE T weight_by_lower(int64_t k, int64_t i) const {
-    return (weight(k, i) - hat(lower(k) - static_cast<T>(i))) / (upper(k) - lower(k));
+    const T a = lower(k), b = upper(k), x = static_cast<T>(i);
+    return share_of_lower(a, b, x - T(1), x) - share_of_lower(a, b, x, x + T(1));
   }
   C10_HOST_DEVICE T weight_by_upper(int64_t k, int64_t i) const {
-    return (hat(upper(k) - static_cast<T>(i)) - weight(k, i)) / (upper(k) - lower(k));
+    const T a = lower(k), b = upper(k), x = static_cast<T>(i);
+    return share_of_upper(a, b, x - T(1), x) - share_of_upper(a, b, x, x + T(1));
   }
 
   // Derivatives of weight(k, i) by the RoI's ends: lower = start + k / bins * (end - start), upper likewise with k + 1.
@@ -188,6 +191,15 @@ struct IntegratedAxis {
   C10_HOST_DEVICE static T linear_part(T a, T b, T low, T high, T i) {
     const T from = a > low ? a : low, to = b < high ? b : high;
     return to > from ? (to - from) * hat((from + to) / T(2) - i) : T(0);
+  }
+
+  // The integrals of 1 - s and of s over the part of [a, b] within [low, high], with s = 0 at a and 1 at b.
+  C10_HOST_DEVICE static T share_of_lower(T a, T b, T low, T high) {
+    return share_of_upper(-b, -a, -high, -low);
+  }
+  C10_HOST_DEVICE static T share_of_upper(T a, T b, T low, T high) {
+    const T from = a > low ? a : low, to = b < high ? b : high;
+    return to > from ? (to - from) / (b - a) * (((from - a) + (to - a)) / (b - a)) / T(2) : T(0);
   }
 };
 

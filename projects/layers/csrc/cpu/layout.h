@@ -86,6 +86,15 @@ class Footprint {
     }
   }
 
+  // The packed pixels of the image that has most.
+  int64_t most_pixels() const {
+    int64_t most = 0;
+    for (size_t n = 0; n + 1 < first_pixel_.size(); ++n) {
+      most = std::max(most, first_pixel_[n + 1] - first_pixel_[n]);
+    }
+    return most;
+  }
+
   // Pixel (n, y, x) is the row(n, y) + x th of the packed pixels.
   int64_t row(int64_t n, int64_t y) const {
     return rows_[n * height_ + y];

@@ -132,14 +132,19 @@ at::Tensor pool_grad_features(
   scalar_t* output_data = output.mutable_data_ptr<scalar_t>();
   const Footprint read = footprint(rois, images, args.height, make_window);
   const int64_t blocks = (channels + block - 1) / block;
+  // A block of sums per thread, allocated here: what the threads allocate stays in pools of theirs.
+  const int64_t sums_size = read.most_pixels() * block;
+  const at::Tensor all_sums =
+      at::empty({at::get_num_threads(), sums_size}, grad.options().dtype(c10::CppTypeToScalarType<T>::value));
   at::parallel_for(0, images * blocks, 1, [&](int64_t begin, int64_t end) {
-    std::vector<T> sums, bins(count * block);
+    T* sums = all_sums.mutable_data_ptr<T>() + at::get_thread_num() * sums_size;
+    std::vector<T> bins(count * block);
     std::vector<int64_t> rows(args.height);
     Taps<T> taps;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t image = task / blocks, first = task % blocks * block, n = std::min(block, channels - first);
       const int64_t pixel0 = read.first_pixel(image);
-      sums.assign((read.first_pixel(image + 1) - pixel0) * n, T(0));
+      std::fill_n(sums, (read.first_pixel(image + 1) - pixel0) * n, T(0));
       for (int64_t y = 0; y < args.height; ++y) {
         rows[y] = (read.row(image, y) - pixel0) * n;
       }
@@ -148,14 +153,14 @@ at::Tensor pool_grad_features(
           list_taps(make_window(r, rois.box(r)), args, rows.data(), n, &taps);
           copy_pixels<T, scalar_t>(
               {bins.data(), n, 1}, bins_of(grad_data, grad_format, count, channels, r, first), count, n);
-          scatter(sums.data(), bins.data(), taps, n);
+          scatter(sums, bins.data(), taps, n);
         }
       }
       scalar_t* block_data = output_data + image * output.stride(0) + first * output.stride(1);
       read.for_rows(image * args.height, (image + 1) * args.height, [&](int64_t, int64_t y, int64_t x, int64_t columns) {
         copy_pixels<scalar_t, T>(
             {block_data + y * output.stride(2) + x * output.stride(3), output.stride(3), output.stride(1)},
-            {sums.data() + rows[y] + x * n, n, 1},
+            {sums + rows[y] + x * n, n, 1},
             columns,
             n);
       });

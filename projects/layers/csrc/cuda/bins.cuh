@@ -71,7 +71,7 @@ struct SampledBins {
     __device__ void add_gradient(int64_t t, T by_weight) const {
       const bool exists = t < count();
       const Corner at = corner(exists ? t : 0);
-      T by_p = exists ? by_weight * at.weight * share_ : T(0);
+      T by_p = exists && at.weight != T(0) ? by_weight * at.weight * share_ : T(0);  // a pixel of weight 0 may be NaN
       by_p += __shfl_xor_sync(all_lanes, by_p, 1);  // the four corners of a point are four lanes in a row
       by_p += __shfl_xor_sync(all_lanes, by_p, 2);
       if (exists && t % 4 == 0 && by_p != T(0)) {
@@ -150,14 +150,14 @@ struct IntegratedBins {
       T by_box[4] = {T(0), T(0), T(0), T(0)};
       if (t < count()) {
         const int64_t y = y_first_ + t / columns_, x = x_first_ + t % columns_;
-        const T by_x = by_weight * y_.weight(i_, y), by_y = by_weight * x_.weight(j_, x);
-        by_box[0] = by_x * x_.weight_by_start(j_, x);
-        by_box[1] = by_y * y_.weight_by_start(i_, y);
-        by_box[2] = by_x * x_.weight_by_end(j_, x);
-        by_box[3] = by_y * y_.weight_by_end(i_, y);
+        const T y_weight = y_.weight(i_, y), x_weight = x_.weight(j_, x);
+        by_box[0] = y_weight * x_.weight_by_start(j_, x);
+        by_box[1] = x_weight * y_.weight_by_start(i_, y);
+        by_box[2] = y_weight * x_.weight_by_end(j_, x);
+        by_box[3] = x_weight * y_.weight_by_end(i_, y);
       }
       for (int side = 0; side < 4; ++side) {
-        const T sum = warp_sum(by_box[side]);
+        const T sum = warp_sum(by_box[side] == T(0) ? T(0) : by_box[side] * by_weight);  // a pixel without part may be NaN
         if (threadIdx.x % warp_size == 0) {
           gpuAtomicAddNoReturn(grad_box_ + side, sum);
         }

@@ -73,13 +73,16 @@ inline int64_t block_count(int64_t rois, const PoolArgs& args) {
 template <typename T>
 __device__ __forceinline__ int64_t image_of(const T* roi, int64_t r, const Box<T>& box, int64_t images) {
   const bool exists = roi[0] >= T(0) && roi[0] < static_cast<T>(images);
-  if (!exists && threadIdx.x == 0) {
-    printf(
-        "the batch index of RoI %lld must be in [0, %lld), got %f\n",
-        static_cast<long long>(r), static_cast<long long>(images), static_cast<double>(roi[0]));
+  if (!exists) {
+    if (threadIdx.x == 0) {  // the thread that prints is the one that stops the kernel
+      printf(
+          "the batch index of RoI %lld must be in [0, %lld), got %f\n",
+          static_cast<long long>(r), static_cast<long long>(images), static_cast<double>(roi[0]));
+      CUDA_KERNEL_ASSERT(false && "batch index of a RoI out of range");
+    }
+    return -1;
   }
-  CUDA_KERNEL_ASSERT(exists && "batch index of a RoI out of range");
-  return exists && box.finite() ? static_cast<int64_t>(roi[0]) : -1;
+  return box.finite() ? static_cast<int64_t>(roi[0]) : -1;
 }
 
 // Calls visit(k, offset, weight) for the taps of a bin in groups of up to 32, with k the place in the group, and
