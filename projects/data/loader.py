@@ -5,10 +5,12 @@ the number of workers and cannot be continued. Here batches are formed from indi
 sample is augmented under a seed of its own.
 """
 
+import atexit
 import itertools
 import logging
 import random
 import signal
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -128,11 +130,25 @@ class SampleLoader:
         return len(self.loader)
 
     def __iter__(self):
+        batches = self._batches()
+        _RUNNING.add(batches)
+        return batches
+
+    def _batches(self):
         for batch in self.loader:
             for sample in batch:
                 if isinstance(sample, UserError):
                     raise sample
             yield batch
+
+
+_RUNNING: weakref.WeakSet = weakref.WeakSet()
+
+
+@atexit.register  # after multiprocessing's own, and so called before it, which would wait for workers that pass its signal over
+def _end_all_workers() -> None:
+    for batches in list(_RUNNING):
+        batches.close()
 
 
 class TrainLoader:

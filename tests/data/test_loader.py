@@ -1,5 +1,8 @@
 import random
+import subprocess
+import sys
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ from detectron2.utils import comm
 from projects.data.loader import BatchStream, SeededDataset, TrainLoader, build_test_loader, build_train_loader, seeded
 from projects.errors import ConfigError, DataError
 
+REPO = Path(__file__).resolve().parents[2]
 WIDE = [i % 3 == 0 for i in range(30)]
 
 
@@ -129,3 +133,20 @@ def test_every_sampler_of_detectron2(shapes_root, tiny_cfg, name):
 def test_test_loader_gives_every_image_once(shapes_root, tiny_cfg):
     found = [sample["image_id"] for batch in build_test_loader(tiny_cfg(), "shapes_val") for sample in batch]
     assert len(found) == len(set(found)) == 12
+
+
+@pytest.mark.parametrize("kept", ["the loader", "an iterator"])
+def test_a_script_that_keeps_its_loader_ends(kept):
+    """Its workers pass over the signal with which Python ends them at its exit."""
+    program = f"""
+from detectron2.data.samplers import TrainingSampler
+from projects.data.loader import SampleLoader, SeededDataset, TrainLoader
+records = [{{"id": i}} for i in range(8)]
+if {kept == "the loader"}:
+    loader = TrainLoader(records, dict, lambda seed: TrainingSampler(8, seed=seed), seed=3, batch_size=4, workers=1)
+else:
+    loader = iter(SampleLoader(SeededDataset(records, dict, 3), [[(0, 0)], [(1, 1)], [(2, 2)]], 1))
+print(len(next(loader)))
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPO, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout.strip() in ("4", "1"), done.stderr
