@@ -5,21 +5,25 @@
 | shapes_{train,val} | annotations |
 | shapes_{train,val}_stuff | annotations, sem_seg_file_name |
 | shapes_{train,val}_panoptic | annotations, sem_seg_file_name, pan_seg_file_name, segments_info |
+| shapes_cityscapes_{instance,instance10,semantic,panoptic}_{train,val} | see cityscapes.py |
+| cityscapes_{instance,instance10,semantic,panoptic}_{train,val,test} | see cityscapes.py |
+| gland_{train,testA,testB,test} | annotations |
+| phone_{train,val} | annotations |
+| coco_2017_{train,val}_stuff | annotations, sem_seg_file_name |
 
-Contiguous ids: things 0 to 7 in every set; the semantic maps label things and stuff alike (0 to 10, 255
+Contiguous ids of shapes: things 0 to 7 in every set; the semantic maps label things and stuff alike (0 to 10, 255
 unlabelled), so `stuff_classes` lists all eleven, things first, and segments_info uses the same numbers. As in
-Detectron2, the root is $DETECTRON2_DATASETS, or "datasets", at the time of import; `register_shapes` moves it
-later.
+Detectron2, the root is $DETECTRON2_DATASETS, or "datasets", at the time of import; `register_shapes` and its
+likes move it later.
 """
 
 import os
 
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import load_coco_json
-from detectron2.data.datasets.coco_panoptic import load_coco_panoptic_json
-
-from projects.errors import DataError
-
+from .cityscapes import register_cityscapes
+from .coco_format import register_coco_format
+from .coco_stuff import register_coco_stuff
+from .gland import register_gland
+from .phone import register_phone
 from .shapes import PREPARE_COMMAND
 from .shapes_scene import THING_CLASSES, UNLABELLED
 from .shapes_writers import CATEGORIES, SPLITS
@@ -37,13 +41,13 @@ SHAPES_METADATA = {
 
 
 def register_shapes(root: str | os.PathLike) -> None:
-    """Register the six shapes data sets below a data root, in place of those of an earlier root."""
-    folder = os.path.join(root, "shapes", "coco")
+    """Register the shapes data sets of both formats below a data root, in place of those of an earlier root."""
+    shapes, folder = os.path.join(root, "shapes"), os.path.join(root, "shapes", "coco")
+    remedy = f"Generate it with: {PREPARE_COMMAND} --root {root}"
     for split in SPLITS:
         instances = {
             "json_file": os.path.join(folder, "annotations", f"instances_{split}.json"),
             "image_root": os.path.join(folder, split),
-            "evaluator_type": "coco",
         }
         stuff = {**instances, "sem_seg_root": os.path.join(folder, "stuffthingmaps", split)}
         panoptic = {
@@ -58,42 +62,17 @@ def register_shapes(root: str | os.PathLike) -> None:
             (f"shapes_{split}_stuff", stuff),
             (f"shapes_{split}_panoptic", panoptic),
         ):
-            DatasetCatalog.pop(name, None)
-            MetadataCatalog.pop(name, None)
-            DatasetCatalog.register(name, lambda name=name: _load_shapes(name))
-            MetadataCatalog.get(name).set(**SHAPES_METADATA, **places)
+            register_coco_format(name, shapes, remedy, **SHAPES_METADATA, **places)
+    register_cityscapes(os.path.join(shapes, "cityscapes"), "shapes_cityscapes", SPLITS, remedy)
 
 
-def _load_shapes(name: str) -> list[dict]:
-    """Records in Detectron2's standard format, with whatever the metadata of `name` has a place for."""
-    metadata = MetadataCatalog.get(name)
-    for key in ("json_file", "image_root", "sem_seg_root", "panoptic_json", "panoptic_root"):
-        if not os.path.exists(metadata.get(key, metadata.image_root)):
-            _raise_missing(name, metadata, getattr(metadata, key))
-    records = load_coco_json(metadata.json_file, metadata.image_root, name)
-    if hasattr(metadata, "sem_seg_root"):
-        for record in records:
-            stem = os.path.splitext(os.path.basename(record["file_name"]))[0]
-            record["sem_seg_file_name"] = os.path.join(metadata.sem_seg_root, stem + ".png")
-    if hasattr(metadata, "panoptic_json"):
-        panoptic = load_coco_panoptic_json(
-            metadata.panoptic_json, metadata.image_root, metadata.panoptic_root, metadata.as_dict()
-        )
-        segments = {record["image_id"]: record for record in panoptic}
-        for record in records:
-            for key in ("pan_seg_file_name", "segments_info"):
-                record[key] = segments[record["image_id"]][key]
-    return records
+def register_all(root: str | os.PathLike) -> None:
+    """Register all data sets of this project below a data root, in place of those of an earlier root."""
+    register_shapes(root)
+    register_cityscapes(os.path.join(root, "cityscapes"))
+    register_gland(root)
+    register_phone(root)
+    register_coco_stuff(root)
 
 
-def _raise_missing(name: str, metadata, path: str) -> None:
-    folder = os.path.dirname(os.path.dirname(metadata.image_root))
-    root = os.path.dirname(folder)
-    raise DataError(
-        f"The data set '{name}' was looked for in {os.path.abspath(folder)} (data root '{root}', from "
-        f"$DETECTRON2_DATASETS or the default), but {os.path.relpath(path, folder)} is missing there. "
-        f"Generate it with: {PREPARE_COMMAND} --root {root}"
-    )
-
-
-register_shapes(os.getenv("DETECTRON2_DATASETS", "datasets"))
+register_all(os.getenv("DETECTRON2_DATASETS", "datasets"))

@@ -10,9 +10,10 @@ from detectron2.data.datasets import register_coco_instances
 from projects.config import CLASS_COUNT_KEYS
 from projects.errors import ConfigError, DataError
 
+from .coco_format import PLACES as COCO_PLACES
 from .validate import read_records
 
-PLACES = ("json_file", "image_root", "sem_seg_root", "panoptic_json", "panoptic_root")  # what metadata says lies on disk
+PLACES = (*COCO_PLACES, "image_dir", "gt_dir")  # what metadata says lies on disk
 
 
 def register_own_datasets(cfg: CfgNode) -> None:
@@ -73,7 +74,7 @@ def _check_files(name: str) -> None:
         if path and "://" not in path and not os.path.exists(path):
             try:
                 DatasetCatalog.get(name)  # a loader of ours says itself what is missing and which command makes it
-            except OSError as error:
+            except (OSError, AssertionError) as error:  # Detectron2's loaders assert
                 root = os.environ.get("DETECTRON2_DATASETS", "datasets")
                 raise DataError(
                     f"Data set '{name}' needs '{path}' ({place}), which does not exist. Data sets lie below the folder that "

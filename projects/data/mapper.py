@@ -43,17 +43,26 @@ class InstanceMapper(DatasetMapper):
     - an instance with a non-finite box, or whose segmentation holds neither a polygon of three finite points nor a mask
       of the image's size, is left out with one warning;
     - an image that is missing, unreadable or of another size than its record says raises DataError naming the file.
+
+    A record may say with "sem_seg_table" that the pixels of its "sem_seg_file_name" are not training labels yet
+    (:func:`training_labels`); "sem_seg" of the result is. The table is applied after the augmentation, which takes labels
+    from the nearest pixel, so that the order makes no difference. (It pads with 0 in Detectron2 0.6, a class of many maps; 0
+    and 255 of a map with a table are ignored.) What an augmentation of your own sees are the file's values.
     """
 
     def __call__(self, dataset_dict: dict) -> dict:
         try:
-            return super().__call__(dataset_dict)
+            sample = super().__call__(dataset_dict)
         except (OSError, utils.SizeMismatchError, SyntaxError) as error:  # Pillow raises SyntaxError for broken PNGs
             raise DataError(
                 f"Image '{dataset_dict['file_name']}' (image_id {dataset_dict.get('image_id')}) cannot be used: "
                 f"{type(error).__name__}: {error}. Expected a readable image of the size that the annotations state. "
                 "`python tools/validate_dataset.py NAME --read-images` lists every such file."
             ) from error
+        table = sample.pop("sem_seg_table", None)
+        if table is not None and "sem_seg" in sample:
+            sample["sem_seg"] = torch.as_tensor(training_labels(sample["sem_seg"].numpy(), table).astype(np.int64))
+        return sample
 
     def _transform_annotations(self, dataset_dict, transforms, image_shape):
         size = dataset_dict.get("height"), dataset_dict.get("width")
@@ -90,6 +99,17 @@ class InstanceMapper(DatasetMapper):
         if self.recompute_boxes:
             instances.gt_boxes = instances.gt_masks.get_bounding_boxes()
         dataset_dict["instances"] = utils.filter_empty_instances(instances)
+
+
+def training_labels(labels: np.ndarray, table: bytes | None) -> np.ndarray:
+    """The classes that a model learns, (H, W), from the values of a semantic map.
+
+    Args:
+        labels: (H, W), whole numbers from 0 to 255, as they stand in the file.
+        table: a record's "sem_seg_table": 256 bytes, byte i being the label that the value i stands for, 255 where it is
+            ignored, as 0 and 255 must be. None: the file holds the labels themselves.
+    """
+    return labels if table is None else np.frombuffer(table, np.uint8)[labels]
 
 
 def usable_segmentation(segmentation, height: int, width: int) -> list | dict | None:

@@ -272,7 +272,8 @@ def _check_maps(report: Report, records, metadata, read_images, workers, progres
     for index, record in enumerate(records):
         size = (record.get("width"), record.get("height"))
         if "sem_seg_file_name" in record:
-            jobs.append((check_label_map, record["sem_seg_file_name"], size, known, read_images))
+            expected = None if "sem_seg_table" in record else known  # through a table the file's values are other ones
+            jobs.append((check_label_map, record["sem_seg_file_name"], size, expected, read_images))
         if "pan_seg_file_name" in record:
             segments = {segment["id"] for segment in record.get("segments_info", [])}
             jobs.append((check_panoptic_map, record["pan_seg_file_name"], size, segments, read_images))
