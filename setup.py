@@ -111,6 +111,7 @@ setup(
     install_requires=[
         "torch>=2.6",
         "torchvision>=0.21",
+        "cityscapesscripts>=2.2.4",
         "detectron2>=0.6",
         "faster-coco-eval>=1.6.5",
         "fvcore>=0.1.5.post20221221",
@@ -130,7 +131,7 @@ setup(
         "yacs>=0.1.8",
     ],
     extras_require={
-        "cityscapes": ["cityscapesscripts>=2.2.4", "numpy<2.3"],
+        "cityscapes": ["numpy<2.3"],  # what cityscapesscripts' evaluation works with
         "dev": ["hypothesis", "ninja", "pytest>=8", "ruff"],
     },
     ext_modules=extension.get("ext_modules", []),

@@ -408,7 +408,7 @@ def examine() -> list[Finding]:
         check_package("pycocotools", version_of("pycocotools"), "COCO annotations"),
         check_package("faster-coco-eval", version_of("faster-coco-eval"), "the COCO evaluation"),
         check_package("timm", version_of("timm"), "the HRNet backbone"),
-        check_package("cityscapesscripts", cityscapes, "the Cityscapes evaluation", required=False),
+        check_package("cityscapesscripts", cityscapes, "the Cityscapes data and evaluation", required=True),
         check_datasets(variable, Path(variable if variable is not None else "datasets").expanduser()),
     ]
 

@@ -4,14 +4,16 @@ Detectron2's Visualizer jitters its colours, outlines no mask that has a hole, a
 another. Here a colour is exactly the data set's (or one per instance), every contour is drawn, and labels
 make room for each other.
 
-Letters: H, W height and width of the image; K key points; S the whole number by which a small image is
-enlarged. Coordinates are image pixels, pixel i covers [i, i+1). Images and pictures are RGB uint8 arrays.
+Letters: H, W height and width of the image; K key points; R RoIs, P the side of a RoI's map; S the whole
+number by which a small image is enlarged. Coordinates are image pixels, pixel i covers [i, i+1). Images and
+pictures are RGB uint8 arrays.
 """
 
 import logging
 from collections.abc import Sequence
 from typing import Any
 
+import cv2
 import numpy as np
 from detectron2.data import Metadata
 from detectron2.structures import Instances
@@ -19,15 +21,19 @@ from detectron2.utils.file_io import PathManager
 from PIL import Image, ImageDraw
 
 from .canvas import Canvas, Color, distinct_colors, font
+from .data.mapper import training_labels
 from .drawables import Drawable, as_array, class_color, class_name, from_annotations, from_instances
 
 __all__ = [
     "contact_sheet",
     "draw",
     "draw_comparison",
+    "draw_maps",
     "draw_panoptic",
     "draw_semantic",
+    "of_same_kind",
     "segments_of_ids",
+    "titled",
 ]
 
 logger = logging.getLogger(__name__)
@@ -79,7 +85,8 @@ def draw(
     if key == "sem_seg":
         return draw_semantic(image, result[key].argmax(dim=0), metadata, alpha)
     if key == "sem_seg_file_name":
-        return draw_semantic(image, _read_map(result[key]), metadata, alpha)
+        labels = training_labels(_read_map(result[key]), result.get("sem_seg_table"))
+        return draw_semantic(image, labels, metadata, alpha)
     if key == "instances":
         objects = from_instances(result[key], image.shape[:2], score_threshold)
     else:
@@ -143,13 +150,42 @@ def draw_comparison(
     Returns:
         (TITLE_HEIGHT + S*H, 2*S*W + GAP, 3) RGB uint8.
     """
-    kind = "instances" if isinstance(prediction, Instances) else next(k for k in KINDS if k in prediction)
-    if isinstance(ground_truth, dict) and KINDS[kind] in ground_truth:
-        keys = {KINDS[kind], "segments_info"} & ground_truth.keys()
-        ground_truth = {key: ground_truth[key] for key in keys}
-    left = draw(image, ground_truth, metadata, color_by, 0.0, alpha)
+    left = draw(image, of_same_kind(ground_truth, prediction), metadata, color_by, 0.0, alpha)
     right = draw(image, prediction, metadata, color_by, score_threshold, alpha)
-    return contact_sheet([_titled(left, titles[0]), _titled(right, titles[1])], columns=2)
+    return contact_sheet([titled(left, titles[0]), titled(right, titles[1])], columns=2)
+
+
+def of_same_kind(ground_truth: Any, prediction: Any) -> Any:
+    """Of a data set dict what is of the kind of a prediction that :func:`draw` would draw; all of it where it lacks that."""
+    kind = "instances" if isinstance(prediction, Instances) else next(k for k in KINDS if k in prediction)
+    if not isinstance(ground_truth, dict) or KINDS[kind] not in ground_truth:
+        return ground_truth
+    return {key: ground_truth[key] for key in {KINDS[kind], "segments_info", "sem_seg_table"} & ground_truth.keys()}
+
+
+def draw_maps(image: np.ndarray, maps: Any, boxes: Any) -> np.ndarray:
+    """Lay the maps of RoIs over an image, each in its box, from white (the map's lowest value) to black (its highest).
+
+    Args:
+        image: (H, W, 3) RGB uint8.
+        maps: (R, P, P) of any range; those that are not finite are left out.
+        boxes: (R, 4) x0 y0 x1 y1 in image pixels. Smaller ones lie on top.
+
+    Returns:
+        (S*H, S*W, 3) RGB uint8.
+    """
+    pixels = image.copy()
+    maps, boxes = as_array(maps), as_array(boxes)
+    for i in np.argsort(-np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)):
+        if not (np.isfinite(maps[i]).all() and np.isfinite(boxes[i]).all()):
+            continue
+        x0, y0, x1, y1 = np.clip(np.rint(boxes[i]), 0, [image.shape[1], image.shape[0]] * 2).astype(int)
+        if x1 > x0 and y1 > y0:
+            low, high = maps[i].min(), maps[i].max()
+            light = cv2.resize((high - maps[i]) / max(high - low, 1e-12), (x1 - x0, y1 - y0), interpolation=cv2.INTER_LINEAR)
+            heat = cv2.applyColorMap(np.rint(255 * light).astype(np.uint8), cv2.COLORMAP_HOT)
+            pixels[y0:y1, x0:x1] = heat[:, :, ::-1]
+    return Canvas(pixels).picture()
 
 
 def contact_sheet(pictures: Sequence[np.ndarray], columns: int) -> np.ndarray:
@@ -191,11 +227,19 @@ def _paint(image: np.ndarray, objects: list[Drawable], metadata: Metadata, color
         if o.box is not None:
             canvas.box(o.box, color)
         if o.keypoints is not None:
-            _paint_keypoints(canvas, o.keypoints, color, metadata)
+            _paint_contour(canvas, o.keypoints[: o.contour], color)
+            _paint_keypoints(canvas, o.keypoints[o.contour :], color, metadata)
         place = o.label_place()
         if place is not None:
             canvas.label(f"{class_name(metadata, o.class_id, o.kind)} {o.note}".strip(), color, place)
     return canvas.picture()
+
+
+def _paint_contour(canvas: Canvas, points: np.ndarray, color: Color) -> None:
+    """A closed line through points (x, y, score) in order; those that are not finite are left out."""
+    points = points[np.isfinite(points).all(axis=1)]
+    for start, end in zip(points, np.roll(points, -1, axis=0), strict=True):
+        canvas.line(start[:2], end[:2], color)
 
 
 def _paint_keypoints(canvas: Canvas, keypoints: np.ndarray, color: Color, metadata: Metadata) -> None:
@@ -210,7 +254,7 @@ def _paint_keypoints(canvas: Canvas, keypoints: np.ndarray, color: Color, metada
         canvas.point(point, color)
 
 
-def _titled(picture: np.ndarray, title: str) -> np.ndarray:
+def titled(picture: np.ndarray, title: str) -> np.ndarray:
     """The picture under a white strip of TITLE_HEIGHT with the title."""
     strip = Image.new("RGB", (picture.shape[1], TITLE_HEIGHT), "white")
     ImageDraw.Draw(strip).text((4, 3), title, fill="black", font=font(18))

@@ -10,7 +10,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from projects.data.cityscapes_panoptic import write_panoptic  # noqa: E402
 from projects.data.shapes import generate_shapes  # noqa: E402
+from projects.data.shapes_writers import SPLITS  # noqa: E402
 from projects.errors import UserError  # noqa: E402
 
 
@@ -35,6 +37,8 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         folder = generate_shapes(args.root, args.train, args.val, tuple(args.size), args.seed, args.workers, force=args.force)
+        for split in SPLITS:
+            write_panoptic(str(folder / "cityscapes"), split, args.force, args.workers)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -6,7 +6,7 @@ Every record has "file_name", "image_id", "height", "width", and where there are
 | data set | records hold | classes | evaluator_type |
 |---|---|---|---|
 | {prefix}_instance_{split} | annotations | 8 things | cityscapes_instance |
-| {prefix}_instance10_{split} | annotations; image_id is a number | 10 things | coco |
+| {prefix}_instance10_{split} | annotations; image_id is a number | 10 things | cityscapes_instance10 |
 | {prefix}_semantic_{split} | sem_seg_file_name, sem_seg_table | 19 | cityscapes_semantic |
 | {prefix}_panoptic_{split} | all of these, pan_seg_file_name, segments_info | 8 things, 19 | cityscapes_panoptic |
 
@@ -42,7 +42,7 @@ class Task(NamedTuple):
 
 TASKS = {
     "instance": Task("cityscapes_instance", THINGS),
-    "instance10": Task("coco", THINGS_10, numbered=True),
+    "instance10": Task("cityscapes_instance10", THINGS_10, numbered=True),
     "semantic": Task("cityscapes_semantic", semantic=True),
     "panoptic": Task("cityscapes_panoptic", THINGS, semantic=True, panoptic=True),
 }

@@ -8,7 +8,13 @@ from detectron2.evaluation import DatasetEvaluator
 from tabulate import tabulate
 
 from projects.errors import ConfigError
+from projects.evaluation.by_output import EvaluatorsByOutput
+from projects.evaluation.cityscapes import CityscapesEvaluator
+from projects.evaluation.cityscapes_instance import CityscapesInstanceEvaluator
+from projects.evaluation.cityscapes_panoptic import CityscapesPanopticEvaluator
+from projects.evaluation.cityscapes_semantic import CityscapesSemanticEvaluator
 from projects.evaluation.coco import FastCOCOEvaluator, evaluate_coco_json
+from projects.evaluation.coco_panoptic import COCOPanopticQualityEvaluator
 
 __all__ = ["EVALUATORS", "FastCOCOEvaluator", "build_evaluator", "evaluate_coco_json", "results_table"]
 
@@ -30,7 +36,42 @@ def _build_coco(cfg: CfgNode, dataset_name: str, output_dir: str | None) -> Fast
     )
 
 
-EVALUATORS: dict[str, Callable[[CfgNode, str, str | None], DatasetEvaluator]] = {"coco": _build_coco}
+def _build_coco_panoptic(cfg: CfgNode, dataset_name: str, output_dir: str | None) -> EvaluatorsByOutput:
+    """Boxes and masks as :func:`_build_coco`, and PQ."""
+    return EvaluatorsByOutput(
+        dataset_name,
+        {
+            "instances": [_build_coco(cfg, dataset_name, output_dir)],
+            "panoptic_seg": [COCOPanopticQualityEvaluator(dataset_name, output_dir)],
+        },
+    )
+
+
+def _build_cityscapes_10(cfg: CfgNode, dataset_name: str, output_dir: str | None) -> EvaluatorsByOutput:
+    """Boxes and masks as :func:`_build_coco`, and as "segm_cityscapes" the benchmark's AP of the 8 classes that it counts."""
+    benchmark = CityscapesInstanceEvaluator(dataset_name, output_dir, task="segm_cityscapes")
+    return EvaluatorsByOutput(dataset_name, {"instances": [_build_coco(cfg, dataset_name, output_dir), benchmark]})
+
+
+def _build_cityscapes(**of_output: type[CityscapesEvaluator]) -> Callable[[CfgNode, str, str | None], EvaluatorsByOutput]:
+    """A builder of the benchmark's evaluators, given by the model's output that they read. No key of the config is read."""
+    return lambda cfg, dataset_name, output_dir: EvaluatorsByOutput(
+        dataset_name, {output: [evaluator(dataset_name, output_dir)] for output, evaluator in of_output.items()}
+    )
+
+
+EVALUATORS: dict[str, Callable[[CfgNode, str, str | None], DatasetEvaluator]] = {
+    "coco": _build_coco,
+    "coco_panoptic_seg": _build_coco_panoptic,
+    "cityscapes_instance": _build_cityscapes(instances=CityscapesInstanceEvaluator),
+    "cityscapes_instance10": _build_cityscapes_10,
+    "cityscapes_semantic": _build_cityscapes(sem_seg=CityscapesSemanticEvaluator),
+    "cityscapes_panoptic": _build_cityscapes(
+        instances=CityscapesInstanceEvaluator,
+        sem_seg=CityscapesSemanticEvaluator,
+        panoptic_seg=CityscapesPanopticEvaluator,
+    ),
+}
 """The metadata's `evaluator_type` -> builder(cfg, dataset_name, output_dir)."""
 
 

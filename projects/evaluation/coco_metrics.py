@@ -49,8 +49,9 @@ def evaluate_results(
         img_ids: the images to look at; None: all of the ground truth.
 
     Returns:
-        {task: {"AP", "AP50", "AP75", "AP" + suffix of each area range, "AP-" + category name}}; the last kind
-        is left out where there is only one category. The keys are Detectron2's.
+        {task: {"AP", "AP50", "AP75", "AP" + suffix of each area range, "AP-" + category name, "AP50-" and "AP75-" +
+        category name}}; the last kinds are left out where there is only one category. The keys are Detectron2's, but for
+        the last two.
     """
     tables = {}
     for task in tasks:
@@ -63,6 +64,8 @@ def evaluate_results(
         if len(per_class) > 1:
             logger.info("%s AP per category:\n%s", task, _class_table(per_class))
             metrics |= {f"AP-{name}": ap for name, ap in per_class.items()}
+            for measure, iou in (("AP50", 0.5), ("AP75", 0.75)):
+                metrics |= {f"{measure}-{name}": ap for name, ap in per_class_ap(coco_eval, iou).items()}
         tables[task] = metrics
     return tables
 
@@ -111,9 +114,15 @@ def summary_metrics(coco_eval: COCOeval_faster) -> dict[str, float]:
     return dict(zip(names, values, strict=True))
 
 
-def per_class_ap(coco_eval: COCOeval_faster) -> dict[str, float]:
-    """Category name -> AP times 100 over all areas; nan for a category without ground truth."""
+def per_class_ap(coco_eval: COCOeval_faster, iou: float | None = None) -> dict[str, float]:
+    """Category name -> AP times 100 over all areas; nan for a category without ground truth.
+
+    Args:
+        iou: the one threshold of IoU to look at; None: the mean over all of them.
+    """
     precision = coco_eval.eval["precision"][:, :, :, 0, -1]
+    if iou is not None:
+        precision = precision[np.isclose(coco_eval.params.iouThrs, iou)]
     table = {}
     for k, category_id in enumerate(coco_eval.params.catIds):
         name = coco_eval.cocoGt.cats[category_id]["name"]

@@ -176,8 +176,7 @@ def test_registered_names_and_metadata(prefix, splits):
             assert metadata.split == split
             assert metadata.image_dir.endswith(f"cityscapes/leftImg8bit/{split}")
             assert metadata.gt_dir.endswith(f"cityscapes/gtFine/{split}")
-            expected = "coco" if task == "instance10" else f"cityscapes_{task}"
-            assert metadata.evaluator_type == expected
+            assert metadata.evaluator_type == f"cityscapes_{task}"
         for task in ("instance", "panoptic"):
             metadata = kinds[task]
             assert metadata.thing_classes == THINGS

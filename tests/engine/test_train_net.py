@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.data import MetadataCatalog
 
 from projects.engine.launch import guarded
 
@@ -46,7 +47,6 @@ def train_net():
         (["SOLVER.CHECKPOINT_PERIOD", "0"], "SOLVER.CHECKPOINT_PERIOD is 0"),
         (["SOLVER.LOG_PERIOD", "-1"], "SOLVER.LOG_PERIOD is -1"),
         (["DATASETS.REGISTER", "[['shapes_val', 'a.json', 'b']]"], "'shapes_val' already"),
-        (["DATASETS.TEST", "('shapes_val_panoptic',)"], "evaluator type 'coco_panoptic_seg'"),
         (["MODEL.WEIGHTS", "nowhere.pth"], "no weights file 'nowhere.pth'"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -56,6 +56,12 @@ def test_wrong_input_is_a_paragraph_and_exit_code_2(train_net, tiny_opts, capsys
     assert guarded(train_net.main, train_net.parse_args(["--config-file", SHAPES, *opts])) == 2
     message = capsys.readouterr().err.split("error: ")[-1].strip()
     assert expected in message and "Traceback" not in message and "\n" not in message
+
+
+def test_data_of_no_known_kind(train_net, tiny_opts, capsys, monkeypatch):
+    monkeypatch.delattr(MetadataCatalog.get("shapes_val"), "evaluator_type")
+    assert guarded(train_net.main, train_net.parse_args(["--config-file", SHAPES, *map(str, tiny_opts)])) == 2
+    assert "shapes_val has the evaluator type None" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,14 @@
-"""Made-up COCO ground truth and detections with everything that makes the evaluation branch."""
+"""Made-up COCO ground truth and detections with everything that makes the evaluation branch; shapes in Cityscapes' format."""
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from detectron2.data import DatasetCatalog
+from detectron2.structures import BitMasks, Instances
+from PIL import Image
 from pycocotools import mask as mask_util
 
 HEIGHT, WIDTH = 160, 200
@@ -125,3 +130,62 @@ def two_cars():
     }
     found = [(0.9, box(0)), (0.8, box(120)), (0.7, box(60))]
     return dataset, [{"image_id": 3, "category_id": 2, "score": score, **shape} for score, shape in found]
+
+
+@pytest.fixture(scope="session")
+def cityscapes_root(shapes_root) -> Path:
+    """The folder of shapes in Cityscapes' format, with its panoptic maps."""
+    from projects.data.cityscapes_panoptic import write_panoptic
+
+    folder = shapes_root / "shapes" / "cityscapes"
+    for split in ("train", "val"):
+        write_panoptic(folder, split, workers=1, progress=False)
+    return folder
+
+
+@pytest.fixture
+def val_records(cityscapes_root) -> list[dict]:
+    """The records of shapes_cityscapes_panoptic_val: 12 images, one of them without objects."""
+    from projects.data import builtin  # noqa: F401  registers it
+
+    return DatasetCatalog.get("shapes_cityscapes_panoptic_val")
+
+
+@pytest.fixture
+def perfect():
+    """A record -> what a model without fault gives: "instances" (scores 0.9; no groups), "sem_seg", "panoptic_seg"."""
+    from projects.data.mapper import training_labels
+    from projects.drawables import binary_mask
+
+    def output(record: dict) -> dict:
+        objects = [a for a in record["annotations"] if not a["iscrowd"]]
+        size = (record["height"], record["width"])
+        masks = np.array([binary_mask(a["segmentation"], *size) for a in objects], bool).reshape(-1, *size)
+        instances = Instances(
+            size,
+            pred_boxes=BitMasks(torch.from_numpy(masks)).get_bounding_boxes(),
+            pred_masks=torch.from_numpy(masks),
+            pred_classes=torch.tensor([a["category_id"] for a in objects], dtype=torch.int64),
+            scores=torch.full((len(objects),), 0.9),
+        )
+        labels = np.array(Image.open(record["sem_seg_file_name"]))
+        labels = torch.from_numpy(training_labels(labels, record.get("sem_seg_table")).copy())
+        semantic = torch.stack([labels == k for k in range(19)]).float()
+        ids = np.array(Image.open(record["pan_seg_file_name"])).astype(np.int32) @ np.array([1, 256, 256**2], np.int32)
+        infos = [{key: s[key] for key in ("id", "category_id", "isthing")} for s in record["segments_info"]]
+        return {"instances": instances, "sem_seg": semantic, "panoptic_seg": (torch.from_numpy(ids), infos)}
+
+    return output
+
+
+@pytest.fixture
+def run_evaluator():
+    """``run_evaluator(evaluator, records, outputs)``: one image after another, then the metrics."""
+
+    def run(evaluator, records, outputs):
+        evaluator.reset()
+        for record, output in zip(records, outputs, strict=True):
+            evaluator.process([record], [output])
+        return evaluator.evaluate()
+
+    return run

@@ -199,18 +199,22 @@ def test_area_decides_the_range_of_a_mask(two_cars, encode):
     assert with_thin["AP"] < without["AP"]
 
 
-def test_classes_go_by_id(made_up):
+@pytest.mark.parametrize("task", ["bbox", "segm"])
+def test_classes_go_by_id(made_up, task):
     """Names follow the ids (here in reverse in the file), each AP is pycocotools' of that category alone."""
     dataset, results = made_up
-    table = per_class_ap(run_coco_eval(load_ground_truth(dataset, ["bbox"]), results, "bbox"))
-    assert list(table) == ["car", "bus", "dog", "rare", "ghost"]
+    coco_gt = load_ground_truth(dataset, [task])
+    assert list(per_class_ap(run_coco_eval(coco_gt, results, task))) == ["car", "bus", "dog", "rare", "ghost"]
+    metrics = evaluate_results(coco_gt, results, [task])[task]
     for category in dataset["categories"]:
         kept = [r for r in results if r["category_id"] == category["id"]]
         alone = {**dataset, "categories": [category]}
         alone["annotations"] = [a for a in dataset["annotations"] if a["category_id"] == category["id"]]
-        theirs = 100 * reference(alone, kept, "bbox").stats[0] if kept else 0.0
-        ours = table[category["name"]]
-        assert math.isnan(ours) if theirs < 0 else ours == pytest.approx(theirs, abs=1e-9)
+        stats = reference(alone, kept, task).stats[:3] if kept else np.zeros(3)
+        for measure, value in zip(("AP", "AP50", "AP75"), stats, strict=True):
+            ours = metrics[f"{measure}-{category['name']}"]
+            assert math.isnan(ours) if value < 0 else ours == pytest.approx(100 * value, abs=1e-9)
+    assert metrics["AP50-car"] > metrics["AP75-car"] > 0
 
 
 def test_a_single_class_has_no_class_row(two_cars):

@@ -2,10 +2,12 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.detection_utils import read_image
 from detectron2.structures import Boxes, BoxMode, Instances
 from PIL import Image
 
 from projects.evaluation.pictures import PictureWriter
+from projects.visualization import GAP, TITLE_HEIGHT
 
 
 def nothing() -> Instances:
@@ -42,3 +44,28 @@ def test_unusable_ground_truth_is_left_out(records, tmp_path):
     records[0]["annotations"] = [{**box, "segmentation": {"size": [7, 7], "counts": [49]}}, {**box, "segmentation": [[1.0, 2]]}]
     PictureWriter(NAME, tmp_path / "pictures", 1).process([records[0]], [{"instances": nothing()}])
     assert (tmp_path / "pictures/0.png").is_file()
+
+
+def test_without_ground_truth_the_prediction_alone(records, tmp_path):
+    del records[0]["annotations"]
+    PictureWriter(NAME, tmp_path / "pictures", 2).process(records, [{"instances": nothing()}] * 6)
+    alone, beside = (read_image(str(tmp_path / f"pictures/{i}.png"), "RGB") for i in (0, 3))
+    assert beside.shape == (alone.shape[0] + TITLE_HEIGHT, 2 * alone.shape[1] + GAP, 3)
+
+
+def test_semantic_ground_truth_through_the_records_table(records, tmp_path):
+    """The file says 7 and 23 where the model says 0 and 1: both halves of the picture are the same."""
+    labels = np.full((40, 60), 7, np.uint8)
+    labels[:, 30:] = 23
+    Image.fromarray(labels).save(tmp_path / "labels.png")
+    table = bytearray([255] * 256)
+    table[7], table[23] = 0, 1
+    del records[0]["annotations"]
+    records[0] |= {"sem_seg_file_name": str(tmp_path / "labels.png"), "sem_seg_table": bytes(table)}
+    MetadataCatalog.get(NAME).set(stuff_classes=["road", "sky"], ignore_label=255)
+    semantic = torch.from_numpy(np.stack([labels == 7, labels == 23])).float()
+    PictureWriter(NAME, tmp_path / "pictures", 1).process(records[:1], [{"sem_seg": semantic}])
+    picture = read_image(str(tmp_path / "pictures/0.png"), "RGB")[TITLE_HEIGHT:]
+    width = (picture.shape[1] - GAP) // 2
+    assert (picture[:, :width] == picture[:, -width:]).all()
+    assert len(np.unique(picture[:, :width].reshape(-1, 3), axis=0)) > 2  # two colours and their contours
