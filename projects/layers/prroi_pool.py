@@ -33,8 +33,8 @@ def prroi_pool(
     same bit by bit for any number of threads.
 
     Raises:
-        TypeError, ValueError, IndexError, NotImplementedError: naming what was expected and what was given. (On a GPU a batch index out of
-            range is printed and stops the kernel by an assertion.)
+        TypeError, ValueError, IndexError, NotImplementedError: naming what was expected and what was given. (On a GPU a
+            batch index out of range is printed and stops the kernel by an assertion.)
 
     Example: on the ramp f(x, y) = x, a bin has the x of its centre, and moves by half of what an edge moves.
         >>> ramp = torch.arange(8.0).repeat(8, 1).view(1, 1, 8, 8)

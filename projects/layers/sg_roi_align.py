@@ -40,8 +40,9 @@ def sg_roi_align(
     number of threads.
 
     Raises:
-        TypeError, ValueError, IndexError, NotImplementedError: naming what was expected and what was given. ValueError also for ``rois`` that
-            require a gradient. (On a GPU a batch index out of range is printed and stops the kernel by an assertion.)
+        TypeError, ValueError, IndexError, NotImplementedError: naming what was expected and what was given. ValueError also
+            for ``rois`` that require a gradient. (On a GPU a batch index out of range is printed and stops the kernel by an
+            assertion.)
 
     Example:
         >>> box = torch.tensor([[0.0, 0.0, 0.0, 4.0, 4.0]])
