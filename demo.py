@@ -6,7 +6,8 @@
 
 Leaves in --output a picture per image, a video per video, and predictions.json: a list in COCO's results
 format (image_id, category_id, bbox, score, segmentation as RLE), each with the file_name of its image and, of
-a video, the frame, from 0.
+a video, the frame, from 0. With --maps a picture also has, one below the other, the maps that Mask Point R-CNN
+makes of every detection, in their boxes: the sum of the key points' heat maps, and the fused mask.
 
 Exit codes: 0 everything was processed; 1 some inputs could not be read, or their pictures not written (they
 are listed at the end); 2 something in the command, config or weights must be put right.
@@ -26,19 +27,22 @@ import pycocotools.mask as mask_util
 from detectron2.data import DatasetCatalog, Metadata
 from detectron2.data.detection_utils import read_image
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+from detectron2.structures import Instances
 from PIL import Image
 from tqdm import tqdm
 
+from casnet.pictures import attribute_pictures
 from projects import load_config
 from projects.data.check import register_own_datasets
 from projects.engine.launch import guarded
 from projects.errors import CheckpointError, ConfigError, DataError
 from projects.predictor import BatchedPredictor, Video, write_video
-from projects.visualization import draw, segments_of_ids
+from projects.visualization import contact_sheet, draw, draw_maps, segments_of_ids, titled
 
 logger = logging.getLogger("demo")
 
 IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+MAPS = {"pred_point_maps": "sum of the key points' heat maps", "pred_fused_maps": "mask of the class, fused"}  # --maps
 VIDEO_SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}
 
 
@@ -52,6 +56,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--score-threshold", type=float, default=0.5, help="leave out what scores lower")
     parser.add_argument("--batch-size", type=int, default=1, help="images per call of the model")
     parser.add_argument("--color-by", choices=("instance", "class"), default="instance")
+    parser.add_argument("--maps", action="store_true", help="Mask Point R-CNN: draw the maps of every detection below, too")
+    parser.add_argument("--attributes", action="store_true", help="CASNet: draw distances, centres and seeds below, too")
     parser.add_argument("--trust", action="store_true", help="load weights that may run code")
     parser.add_argument("--opts", nargs="*", default=[], metavar="KEY VALUE", help="override config keys")
     return parser.parse_args(argv)
@@ -65,12 +71,19 @@ def main(args: argparse.Namespace) -> int:
         raise CheckpointError(f"'{args.config_file}' names no weights: pass some with --weights.")
     if not 0 <= args.score_threshold <= 1:
         raise ConfigError(f"--score-threshold is {args.score_threshold}; scores lie between 0 and 1.")
+    if args.maps:
+        if cfg.MODEL.ROI_HEADS.NAME != "MaskPointROIHeads":
+            raise ConfigError(f"--maps wants MaskPointROIHeads; the heads of '{args.config_file}' have no maps to draw.")
+        cfg.MODEL.MASKPOINT.KEEP_MAPS = True
+    if args.attributes and cfg.MODEL.META_ARCHITECTURE != "CASNet":
+        raise ConfigError(f"--attributes wants CASNet; '{args.config_file}' is a {cfg.MODEL.META_ARCHITECTURE}.")
     files, failures = find_inputs(args.input, args.output)
     if not files:
         raise DataError("Nothing to see: " + "; ".join(f"{name}: {why}" for name, why in failures.items()))
     targets = plan_outputs(files, args.output)
     register_own_datasets(cfg)
-    demo = Demo(BatchedPredictor(cfg, args.batch_size, trust=args.trust), args.score_threshold, args.color_by)
+    demo = Demo(BatchedPredictor(cfg, args.batch_size, trust=args.trust), args.score_threshold, args.color_by, args.maps)
+    demo.attributes = args.attributes
     args.output.mkdir(parents=True, exist_ok=True)
     failures |= demo.run(targets)
     (args.output / "predictions.json").write_text(json.dumps(demo.results))
@@ -138,8 +151,9 @@ class Demo:
         results: in COCO's results format.
     """
 
-    def __init__(self, predictor: BatchedPredictor, score_threshold: float, color_by: str):
-        self.predictor, self.score_threshold, self.color_by = predictor, score_threshold, color_by
+    def __init__(self, predictor: BatchedPredictor, score_threshold: float, color_by: str, maps: bool = False):
+        self.predictor, self.score_threshold, self.color_by, self.maps = predictor, score_threshold, color_by, maps
+        self.attributes = False  # whether a CASNet's common attributes are drawn, too
         self.count = 0
         self.results: list[dict] = []
         read_class_names(predictor.metadata)
@@ -188,9 +202,19 @@ class Demo:
             instances = output["instances"].to("cpu")
             output = {**output, "instances": instances[instances.scores >= self.score_threshold]}
         picture = draw(image, output, self.predictor.metadata, self.color_by)
+        if self.maps:
+            picture = contact_sheet([titled(picture, "prediction"), *map_pictures(image, output["instances"])], columns=1)
+        if self.attributes:
+            picture = contact_sheet([titled(picture, "prediction"), *attribute_pictures(image, output)], columns=2)
         for result in coco_results(output, self.predictor.metadata):
             self.results.append({**result, "image_id": self.count, **source})
         return picture
+
+
+def map_pictures(image: np.ndarray, instances: Instances) -> list[np.ndarray]:
+    """The maps of detections (:data:`MAPS`) as titled pictures."""
+    boxes = instances.pred_boxes.tensor
+    return [titled(draw_maps(image, instances.get(f), boxes), title) for f, title in MAPS.items() if instances.has(f)]
 
 
 def read_class_names(metadata: Metadata) -> None:

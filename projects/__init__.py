@@ -18,7 +18,13 @@ if TYPE_CHECKING:
     from .config import Config
 
 # Package of a paper -> the function in it that adds the paper's keys to a config.
-PROJECTS: dict[str, str] = {}
+PROJECTS: dict[str, str] = {
+    "casnet": "add_casnet_config",
+    "dsg": "add_dsg_config",
+    "ganmask": "add_ganmask_config",
+    "maskplus": "add_maskplus_config",
+    "maskpoint": "add_maskpoint_config",
+}
 
 
 def get_cfg() -> Config:
@@ -32,6 +38,7 @@ def get_cfg() -> Config:
     from .config import Config, add_common_config
 
     importlib.import_module("projects.data.builtin")
+    importlib.import_module("projects.modeling.panoptic_fpn")
     cfg = Config(get_detectron2_cfg())
     add_common_config(cfg)
     cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

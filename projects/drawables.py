@@ -19,7 +19,10 @@ from .canvas import Color, distinct_colors
 
 @dataclass
 class Drawable:
-    """What is drawn: ``box`` is (4,) x0 y0 x1 y1, ``mask`` (H, W) bool, ``keypoints`` (K, 3) x y score."""
+    """What is drawn: ``box`` is (4,) x0 y0 x1 y1, ``mask`` (H, W) bool, ``keypoints`` (K, 3) x y score.
+
+    The first ``contour`` of the key points are the points of a closed contour in order, whatever their scores.
+    """
 
     kind: str  # "thing" or "stuff": which names and colours of the metadata are its own
     class_id: int
@@ -27,6 +30,7 @@ class Drawable:
     box: np.ndarray | None = None
     mask: np.ndarray | None = None
     keypoints: np.ndarray | None = None
+    contour: int = 0
 
     def label_place(self) -> np.ndarray | None:
         """The box, or else the point (x, y) of the mask that is farthest from its edge, or else None."""
@@ -38,7 +42,10 @@ class Drawable:
 
 
 def from_instances(instances: Instances, size: tuple[int, int], score_threshold: float) -> list[Drawable]:
-    """Predicted (``pred_*`` and ``scores``) or ground-truth (``gt_*``) instances of at least a score."""
+    """Predicted (``pred_*`` and ``scores``) or ground-truth (``gt_*``) instances of at least a score.
+
+    ``contour_points`` (R), where there are such, says how many of the first key points form a closed contour.
+    """
     if tuple(instances.image_size) != tuple(size):
         raise ValueError(f"instances of an image of (height, width) {instances.image_size} on one of {size}")
     instances = instances.to("cpu")
@@ -52,6 +59,7 @@ def from_instances(instances: Instances, size: tuple[int, int], score_threshold:
     boxes, classes, keypoints = field("boxes"), field("classes"), field("keypoints")
     masks = instances.pred_masks_rle if instances.has("pred_masks_rle") else field("masks")
     scores = instances.scores.tolist() if instances.has("scores") else None
+    contours = instances.contour_points.tolist() if instances.has("contour_points") else None
     return [
         Drawable(
             kind="thing",
@@ -60,6 +68,7 @@ def from_instances(instances: Instances, size: tuple[int, int], score_threshold:
             box=None if boxes is None else boxes[i].numpy(),
             mask=None if masks is None else binary_mask(masks[i], *size),
             keypoints=None if keypoints is None else keypoints[i].numpy(),
+            contour=0 if contours is None else contours[i],
         )
         for i in range(len(instances))
         if scores is None or scores[i] >= score_threshold

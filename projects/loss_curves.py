@@ -58,7 +58,8 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 def plot_losses(metrics_json: str | Path, png: str | Path) -> None:
     """Draw the curves of a run: total loss and each ``loss_*``, raw and smoothed; the learning rate (dashed).
 
-    Once the run was evaluated, a second panel shows validation losses (``val_*``) and, dashed, AP, PQ, mIoU.
+    Quantities ``accuracy_*`` get a panel of their own. Once the run was evaluated, a last one shows validation losses
+    (``val_*``) and, dashed, AP, PQ, mIoU.
     The file appears under its name when it is whole.
     """
     series = read_metrics(metrics_json)
@@ -66,12 +67,15 @@ def plot_losses(metrics_json: str | Path, png: str | Path) -> None:
     losses = ["total_loss"] * ("total_loss" in series) + losses
     validation = [name for name in sorted(series) if name.startswith("val_")]
     scores = [name for name in sorted(series) if name.split("/")[-1] in SCORES]
+    accuracies = [name for name in sorted(series) if name.startswith("accuracy_")]
     panels = [("training loss", losses, "learning rate", ["lr"] * ("lr" in series))]
+    if accuracies:
+        panels.append(("accuracy", accuracies, "", []))
     if validation or scores:
         panels.append(("validation loss", validation, "AP, PQ, mIoU", scores))
     palette = cycle(colormaps["tab20"].colors[::2] + colormaps["tab20"].colors[1::2])
     colors = {"lr": "black"} | dict(zip(losses, palette, strict=False))  # a loss and its val_ share a colour
-    colors |= {name: colors.get(name.removeprefix("val_")) or next(palette) for name in validation + scores}
+    colors |= {name: colors.get(name.removeprefix("val_")) or next(palette) for name in accuracies + validation + scores}
     figure = Figure(figsize=(8 * len(panels), 5.5), layout="constrained")
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         _plot_panel(axes, series, colors, *panel)

@@ -19,6 +19,7 @@ from .safe_loading import load_pickle, load_torch
 logger = logging.getLogger(__name__)
 
 PERIODIC = re.compile(r"model_(\d{7,})\.pth")
+STRIPPED = "stripped"  # key of a file whose training-only weights were taken out: it lists them
 
 
 class Checkpointer(DetectionCheckpointer):

@@ -19,7 +19,7 @@ from projects.errors import CheckpointError, ConfigError
 from projects.evaluation.evaluate import evaluate, validation_losses
 from projects.modeling.build import build_model
 
-from .checkpoint import Checkpointer, rng_preserved, rng_state, set_rng_state
+from .checkpoint import STRIPPED, Checkpointer, rng_preserved, rng_state, set_rng_state
 from .divergence import check_finite, mean_over_processes
 from .hooks import BestCheckpoint, LossCurves, PeriodicCheckpoint, PreciseBN, build_writers
 from .optimizer import build_optimizer
@@ -111,6 +111,12 @@ class StandardTrainer(TrainerBase):
             self.checkpointer.load(self.cfg.MODEL.WEIGHTS, checkpointables=[])
             comm.synchronize()
             return
+        if STRIPPED in state:
+            raise CheckpointError(
+                f"The checkpoint in OUTPUT_DIR '{self.cfg.OUTPUT_DIR}' was stripped of {len(state[STRIPPED])} weights that "
+                "only training needs, so training cannot go on from it. Put back the checkpoint that it was made from. To "
+                "start a new run from its weights, set MODEL.WEIGHTS to it and OUTPUT_DIR to another folder."
+            )
         if "rng" not in state:
             raise ConfigError(
                 f"The checkpoint in OUTPUT_DIR '{self.cfg.OUTPUT_DIR}' holds weights only, so training cannot go on from it. "

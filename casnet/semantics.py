@@ -1,0 +1,83 @@
+"""Mode "separated": the semantic map of a network of its own (section IV), and how its weights are found.
+
+Shapes: C semantic classes, H x W pixels of the output.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import META_ARCH_REGISTRY
+from torch import Tensor, nn
+
+from projects.engine.checkpoint import Checkpointer
+from projects.errors import CheckpointError
+
+from .hrnet import HRNet, load_hrnet, official_weights
+
+
+class SemanticNetwork:
+    """A trained, frozen semantic network beside a model. It is no part of that model's weights, training or checkpoints."""
+
+    def __init__(self, network: nn.Module):
+        """``network``: Detectron2's SemanticSegmentor, or what takes and gives the same."""
+        self.network = network.eval().requires_grad_(False)
+
+    def __call__(self, batched_inputs: Sequence[dict], device: torch.device) -> list[Tensor]:
+        """Logits (C, H, W) per image."""
+        self.network.to(device)
+        with torch.no_grad():
+            return [output["sem_seg"] for output in self.network(batched_inputs)]
+
+
+def build_semantic_network(cfg: CfgNode) -> SemanticNetwork:
+    """The network of a config such as semantic_hrnet_w48.yaml, with ``cfg``'s backbone, and MODEL.CASNET.SEMANTIC_WEIGHTS.
+
+    The file is one of that config's, or one of HRNet's authors for semantic segmentation.
+
+    Raises:
+        CheckpointError: there is no such file, or it does not fit.
+    """
+    path = cfg.MODEL.CASNET.SEMANTIC_WEIGHTS
+    if not Path(path).is_file():
+        raise CheckpointError(
+            "MODEL.CASNET.MODE 'separated' takes its semantic map from a second network: expected the file with its weights in "
+            f"MODEL.CASNET.SEMANTIC_WEIGHTS, found no file '{path}'. Train that network, for example with "
+            "configs/casnet/semantic_hrnet_w48.yaml, and set the key to its model_final.pth; or choose the mode 'joint'."
+        )
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.CASNET.HRNET_WEIGHTS = ""
+    network = META_ARCH_REGISTRY.get("SemanticSegmentor")(cfg)
+    try:
+        weights = official_weights(path)
+        if "conv1.weight" in weights and isinstance(network.backbone, HRNet):
+            load_official(network, weights, path)
+        else:
+            checkpointer = Checkpointer(network)
+            checkpointer.load(path)
+            checkpointer.refuse_unloaded(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"MODEL.CASNET.SEMANTIC_WEIGHTS, the weights of the semantic network: {error}") from error
+    return SemanticNetwork(network)
+
+
+def load_official(network: nn.Module, weights: Mapping[str, Tensor], path: str) -> None:
+    """Fill a SemanticSegmentor on HRNet from the weights of HRNet's authors, whose head is called "last_layer".
+
+    Its first convolution has a bias b and ours none: batch norm, which subtracts its mean, then has the mean less b.
+    """
+    load_hrnet(network.backbone, weights, f"file '{path}'")
+    head = {name.removeprefix("last_layer."): value for name, value in weights.items() if name.startswith("last_layer.")}
+    if "0.bias" in head and "1.running_mean" in head:
+        head["1.running_mean"] = head["1.running_mean"] - head.pop("0.bias")
+    own = network.sem_seg_head.layers.state_dict()
+    unfit = [name for name in own if name not in head or head[name].shape != own[name].shape]
+    unfit = [name for name in unfit if not name.endswith("num_batches_tracked")]
+    if unfit:
+        raise CheckpointError(
+            f"'{path}' has HRNet's weights, but not those of a head for {network.sem_seg_head.layers.out_channels} classes: "
+            f"last_layer.{unfit[0]} is missing or has another shape."
+        )
+    network.sem_seg_head.layers.load_state_dict({name: head[name] for name in own if name in head}, strict=False)

@@ -1,0 +1,123 @@
+"""Evaluation of boxes, masks and contour points together (Table VII), on data sets named ``<data set>_points``.
+
+| name | ground truth | metrics |
+|---|---|---|
+| shapes_val_points | shapes_val | COCO's of boxes, masks, key points |
+| {cityscapes,shapes_cityscapes}_instance_val_points | {...}_instance_val | these, and the benchmark's AP as "cityscapes" |
+
+The ground truth of the key points is made here, by the sampler of the config from the masks as they are annotated. Where it
+repeats points (contours of fewer than k pixels), each mask has a generator with the same seed, so that neither the order of
+images nor the number of processes makes a difference.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import PolygonMasks
+
+import projects.data.builtin  # noqa: F401  registers the data sets that the names here are derived from
+from projects.data.coco_format import register
+from projects.drawables import binary_mask
+from projects.evaluation import EVALUATORS, FastCOCOEvaluator
+from projects.evaluation.by_output import EvaluatorsByOutput
+from projects.evaluation.cityscapes_instance import CityscapesInstanceEvaluator
+
+from .contour import ContourSampler
+from .mapper import mask_of
+
+OKS_SIGMA = 0.05  # of every point, relative to the square root of the object's area; the paper gives none
+SEED = 0  # of the generator of every mask
+SOURCES = ("shapes_val", "shapes_cityscapes_instance_val", "cityscapes_instance_val")
+TYPES = {"coco": "coco_points", "cityscapes_instance": "cityscapes_points"}  # evaluator_type of a source -> of its _points
+
+
+class ContourPointEvaluator(FastCOCOEvaluator):
+    """FastCOCOEvaluator whose ground truth has the contour points of its masks as key points, all visible."""
+
+    def __init__(self, dataset_name: str, tasks: Sequence[str], sampler: ContourSampler, **kwargs):
+        """
+        Args:
+            dataset_name: its annotations have masks, and no key points are needed.
+            tasks: some of "bbox", "segm", "keypoints".
+            sampler: makes the K key points that the model was trained on.
+            kwargs: see the base class; ``kpt_oks_sigmas`` has K numbers.
+        """
+        super().__init__(dataset_name, [task for task in tasks if task != "keypoints"], **kwargs)
+        self._tasks = tuple(tasks)
+        for annotation in self._coco_gt.anns.values():
+            image = self._coco_gt.imgs[annotation["image_id"]]
+            annotation |= coco_keypoints(annotation["segmentation"], image["height"], image["width"], sampler)
+
+
+def coco_keypoints(segmentation: list | dict, height: int, width: int, sampler: ContourSampler) -> dict:
+    """The fields "keypoints" and "num_keypoints" of an annotation in COCO's format.
+
+    Args:
+        segmentation: polygons or RLE, of an image of (height, width) pixels.
+
+    Returns:
+        x, y as pixel indices, as COCO counts them, and 2 (visible), of K points; all 0 where the mask is empty, which then does
+        not count.
+    """
+    if isinstance(segmentation, list):
+        mask, corner = mask_of(PolygonMasks([segmentation]), 0)
+    else:
+        mask, corner = binary_mask(segmentation, height, width), (0, 0)
+    keypoints = np.zeros((sampler.num_keypoints, 3))
+    if mask.any():
+        keypoints[:, :2] = sampler(mask, np.random.RandomState(SEED)) + corner - 0.5
+        keypoints[:, 2] = 2
+    return {"keypoints": keypoints.ravel().tolist(), "num_keypoints": int((keypoints[:, 2] > 0).sum())}
+
+
+def build_contour_point_evaluator(cfg: CfgNode, dataset_name: str, output_dir: str | None) -> ContourPointEvaluator:
+    """Boxes; masks with MODEL.MASK_ON; key points if the model has Mask Point R-CNN's heads.
+
+    TEST.DETECTIONS_PER_IMAGE is also the number of detections that count (of key points always COCO's 20). TEST.
+    KEYPOINT_OKS_SIGMAS has K numbers, or none for :data:`OKS_SIGMA`.
+    """
+    sampler = ContourSampler.from_config(cfg)
+    optional = {"segm": cfg.MODEL.MASK_ON, "keypoints": cfg.MODEL.ROI_HEADS.NAME == "MaskPointROIHeads"}
+    limit = cfg.TEST.DETECTIONS_PER_IMAGE  # Detectron2's heads take a negative number as no limit
+    return ContourPointEvaluator(
+        dataset_name,
+        ["bbox", *(task for task, wanted in optional.items() if wanted)],
+        sampler,
+        output_dir=output_dir,
+        max_dets_per_image=limit if limit > 0 else None,
+        kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS or [OKS_SIGMA] * sampler.num_keypoints,
+    )
+
+
+def build_cityscapes_point_evaluator(cfg: CfgNode, dataset_name: str, output_dir: str | None) -> EvaluatorsByOutput:
+    """As :func:`build_contour_point_evaluator`, and with MODEL.MASK_ON the benchmark's instance AP."""
+    evaluators = [build_contour_point_evaluator(cfg, dataset_name, output_dir)]
+    if cfg.MODEL.MASK_ON:
+        evaluators.append(CityscapesInstanceEvaluator(dataset_name, output_dir, task="cityscapes"))
+    return EvaluatorsByOutput(dataset_name, {"instances": evaluators})
+
+
+def register_points(source: str) -> None:
+    """Register ``<source>_points``: the records of a registered data set of masks, evaluated with their contour points.
+
+    Args:
+        source: of evaluator_type "coco" or "cityscapes_instance". COCO's evaluation wants numbers for image_id: those of the
+            latter are the positions of the records, counted from 1.
+    """
+    metadata = MetadataCatalog.get(source).as_dict()
+    numbered = metadata["evaluator_type"] == "cityscapes_instance"
+
+    def load() -> list[dict]:
+        records = DatasetCatalog.get(source)
+        return [dict(record, image_id=i) for i, record in enumerate(records, start=1)] if numbered else records
+
+    evaluator_type = TYPES[metadata["evaluator_type"]]
+    register(**metadata | {"name": f"{source}_points", "load": load, "evaluator_type": evaluator_type})
+
+
+EVALUATORS["coco_points"] = build_contour_point_evaluator
+EVALUATORS["cityscapes_points"] = build_cityscapes_point_evaluator
+for name in SOURCES:
+    register_points(name)

@@ -1,0 +1,203 @@
+#!/usr/bin/env python
+"""Times CASNet on images of 1024 x 2048 and prints Markdown tables: the post-processing against the network and against a loop
+over pixels, its memory, and what panoptic segmentation costs more than instance segmentation.
+
+    python tools/benchmark_casnet.py --threads 2
+
+The network has random weights, since its time does not depend on them. The post-processing gets a made-up street: 60 instances
+of the eight things, most of the lower half of the image, and predictions that are the targets with noise.
+"""
+
+import argparse
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from detectron2.modeling import build_model
+from torch import Tensor
+
+from casnet.panoptic import panoptic_map
+from casnet.postprocess import CommonAttributeSupport, boxes_of_masks, predicted_boxes, thing_classes
+from casnet.targets import grid_targets
+from projects import config_path, load_config
+
+SIZE, STRIDE, INSTANCES, THING_LABELS = (1024, 2048), 4, 60, list(range(11, 19))
+
+
+def street(device: str) -> dict[str, Tensor]:
+    """ "labels" (H, W), "distances" (4, h, w), "probabilities" (8, h, w) of the made-up image."""
+    generator = torch.Generator().manual_seed(0)
+    owner, labels = torch.zeros(SIZE, dtype=torch.int16), torch.zeros(SIZE, dtype=torch.long)
+    classes = torch.arange(INSTANCES) % len(THING_LABELS)
+    columns = torch.arange(SIZE[1]) + 0.5
+    rows = torch.arange(SIZE[0])[:, None] + 0.5
+    for i in range(INSTANCES):  # a jittered lattice of ellipses: they touch, and none hides another
+        x = (i % 12 + 0.5) * SIZE[1] / 12 + 20 * torch.rand((), generator=generator)
+        y = 450 + (i // 12 + 0.5) * 110 + 10 * torch.rand((), generator=generator)
+        owner[((columns - x) / 88) ** 2 + ((rows - y) / 62) ** 2 <= 1] = i + 1
+    labels[owner > 0] = classes[owner[owner > 0].long() - 1] + THING_LABELS[0]
+    boxes = torch.cat([boxes_of_masks((owner == i + 1)[None]) for i in range(INSTANCES)])
+    targets = grid_targets(owner, boxes, classes, STRIDE, len(THING_LABELS), 0.1)
+    noise = torch.rand(targets.distances.shape, generator=generator) * 2 - 1
+    distances = (targets.distances + noise).clamp(min=0.1)
+    chance = torch.rand(targets.central.shape, generator=generator) * 0.3
+    probabilities = torch.where(targets.central, 0.99 - chance, chance)
+    return {name: value.to(device) for name, value in
+            (("labels", labels), ("distances", distances), ("probabilities", probabilities))}  # fmt: skip
+
+
+def post_process(scene: dict[str, Tensor], support: CommonAttributeSupport, panoptic: bool = False):
+    """What CASNet does after the semantic map is there."""
+    classes = thing_classes(scene["labels"], THING_LABELS)
+    grid_size = tuple(side / STRIDE for side in SIZE)
+    owner, instances, seeds = support(classes, scene["distances"], scene["probabilities"], grid_size)
+    if panoptic:
+        return panoptic_map(scene["labels"], owner, instances, THING_LABELS)
+    return owner, instances, seeds
+
+
+def plain_loop(scene: dict[str, Tensor], support: CommonAttributeSupport, cells: int) -> tuple[float, float]:
+    """The votes of section III.C, cell by cell and seed by seed, of every so many thing cells, `cells` in all.
+
+    Returns the seconds that all thing cells would take, and the part of the looked-at cells whose vote is the vectorised one.
+    """
+    classes = thing_classes(scene["labels"], THING_LABELS)[STRIDE // 2 :: STRIDE, STRIDE // 2 :: STRIDE].flatten().cpu()
+    boxes = predicted_boxes(scene["distances"]).cpu()
+    seeds = support.find_seeds(scene["probabilities"].cpu(), boxes)
+    found = (classes >= 0).nonzero().squeeze(1)
+    looked_at = found[:: max(len(found) // cells, 1)]
+    expected = support.vote(boxes[looked_at], classes[looked_at], seeds).tolist()
+    seed_boxes, seed_classes = seeds.boxes.tolist(), seeds.classes.tolist()
+    own_boxes, own_classes = boxes[looked_at].tolist(), classes[looked_at].tolist()
+    start, same = time.perf_counter(), 0
+    for (x0, y0, x1, y1), own_class, vote in zip(own_boxes, own_classes, expected, strict=True):
+        ious, area = [], (x1 - x0) * (y1 - y0)
+        for (a0, b0, a1, b1), seed_class in zip(seed_boxes, seed_classes, strict=True):
+            width, height = min(x1, a1) - max(x0, a0), min(y1, b1) - max(y0, b0)
+            common = width * height if width > 0 and height > 0 else 0.0
+            ious.append(common / (area + (a1 - a0) * (b1 - b0) - common) if seed_class == own_class else -1.0)
+        least = max(max(ious) - support.tie_margin, 0)
+        near = [k for k, iou in enumerate(ious) if iou >= least]
+        winner = min(near, key=lambda k: (x0 + x1 - seed_boxes[k][0] - seed_boxes[k][2]) ** 2
+                     + (y0 + y1 - seed_boxes[k][1] - seed_boxes[k][3]) ** 2)  # fmt: skip
+        same += winner == vote
+    seconds = time.perf_counter() - start
+    return seconds * len(found) / len(looked_at), same / len(looked_at)
+
+
+def model_of(row: str, device: str) -> torch.nn.Module:
+    cfg = load_config(config_path(f"casnet/{row}.yaml"), ["MODEL.DEVICE", device, "MODEL.CASNET.HRNET_WEIGHTS", ""])
+    return build_model(cfg).eval()
+
+
+def network(model: torch.nn.Module, image: Tensor) -> Callable:
+    """Backbone and heads, without the semantic map's enlarging and what follows it."""
+
+    def run():
+        fused = model.fusion(model.backbone(image))
+        return [head(fused) for head in model.heads.values()]
+
+    return run
+
+
+@torch.no_grad()
+def median_seconds(function: Callable, device: str, repeats: int) -> float:
+    times = []
+    for _ in range(repeats + 1):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        function()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def peak_of(function: Callable, device: str) -> float:
+    """MB that a call adds at its peak: exact on a GPU; on the CPU the growth of the process's greatest size so far."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    function()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3
+
+
+def report(device: str, repeats: int, loop_cells: int) -> list[str]:
+    scene, support = street(device), CommonAttributeSupport(max_seeds=200)
+    lines = ["| added at the peak of the post-processing, MAX_PAIRS | MB |", "|---|---|"]
+    for pairs in (250_000, 1_000_000, 4_000_000, 16_000_000):  # ascending, since the CPU's figure is a greatest one so far
+        limited = CommonAttributeSupport(max_seeds=200, max_pairs=pairs)
+        lines.append(f"| {pairs:,} | {peak_of(lambda limited=limited: post_process(scene, limited), device):.0f} |")
+    owner, instances, seeds = post_process(scene, support)
+    post = median_seconds(lambda: post_process(scene, support), device, repeats)
+    with_stuff = median_seconds(lambda: post_process(scene, support, panoptic=True), device, repeats)
+    loop, same = plain_loop(scene, support, loop_cells)
+    votes = median_seconds(lambda: votes_of(scene, support, seeds), device, repeats)
+
+    image = torch.randint(0, 256, (3, *SIZE), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    inputs = [{"image": image, "height": SIZE[0], "width": SIZE[1]}]
+    batch = torch.randn(1, 3, *SIZE, generator=torch.Generator().manual_seed(0)).to(device)
+    whole, parts = {}, {}
+    for task in ("instance", "panoptic"):
+        model = model_of(f"{task}_joint", device)
+        parts[task] = median_seconds(network(model, batch), device, repeats)
+        whole[task] = median_seconds(lambda model=model: model(inputs), device, repeats)
+    pixels = int((owner >= 0).sum())
+    return [
+        *lines,
+        "",
+        f"| {device}, 1024 x 2048, {len(seeds.cells)} seeds, {len(instances)} instances, {pixels:,} thing pixels | ms |",
+        "|---|---|",
+        f"| the W48 network (backbone and heads, task panoptic) | {parts['panoptic'] * 1e3:.1f} |",
+        f"| post-processing | {post * 1e3:.1f} |",
+        f"| in per cent of the network | {100 * post / parts['panoptic']:.1f} % |",
+        f"| post-processing with the panoptic map | {with_stuff * 1e3:.1f} |",
+        f"| of the post-processing, the votes of the grid's thing cells | {votes * 1e3:.1f} |",
+        f"| the same votes in a loop over cells and seeds (Python; {same:.2%} equal) | {loop * 1e3:.0f} |",
+        "",
+        "| random weights | instance, ms | panoptic, ms | overhead |",
+        "|---|---|---|---|",
+        *(
+            f"| {name} | {1e3 * a:.1f} | {1e3 * b:.1f} | {100 * (b / a - 1):.1f} % |"
+            for name, (a, b) in (("the network", parts.values()), ("the whole model, no seeds", whole.values()))
+        ),
+    ]
+
+
+def votes_of(scene: dict[str, Tensor], support: CommonAttributeSupport, seeds) -> Tensor:
+    boxes = predicted_boxes(scene["distances"])
+    classes = thing_classes(scene["labels"], THING_LABELS)[STRIDE // 2 :: STRIDE, STRIDE // 2 :: STRIDE].flatten()
+    return support.vote(boxes[classes >= 0], classes[classes >= 0], seeds)
+
+
+def describe(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], nargs="*", help="default: the CPU, and a GPU where there is one")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
+    parser.add_argument("--repeats", type=int, default=3, help="timed calls of which the median is taken (default 3)")
+    parser.add_argument("--loop-cells", type=int, default=5000, help="cells of the plain loop, from which the rest is reckoned")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    for device in args.device or ["cpu"] + ["cuda"] * torch.cuda.is_available():
+        print(f"\n{describe(device)}; torch {torch.__version__}; medians of {args.repeats}\n", flush=True)
+        print("\n".join(report(device, args.repeats, args.loop_cells)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
