@@ -72,9 +72,11 @@ def heads(gan_cfg):
         proposals, targets = [], []
         for count in objects:
             boxes = random_boxes(count)
-            boxes[:1] -= boxes[:1, :2].repeat(1, 2)  # touches the border: some predictions are clipped
+            # Two touch the borders, so that some predictions are clipped.
+            boxes[:1] -= boxes[:1, :2].repeat(1, 2)
+            boxes[1:2] += torch.tensor([96.0, 64.0] * 2) - boxes[1:2, 2:].repeat(1, 2)
             near = boxes.repeat(4, 1) + torch.randn(4 * count, 4) * 1.5
-            far = torch.tensor([[70.0, 40.0, 90.0, 60.0]]).repeat(4, 1)
+            far = torch.tensor([[60.0, 2.0, 80.0, 12.0]]).repeat(4, 1)
             near = torch.cat([near, far]).clamp(min=0)
             proposals.append(Instances(SIZE, proposal_boxes=Boxes(near), objectness_logits=torch.zeros(len(near))))
             masks = BitMasks(torch.rand(count, *SIZE) > 0.4)
