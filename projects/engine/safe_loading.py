@@ -67,9 +67,9 @@ def load_torch(path: str, trust: bool = False) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=not trust)
     except pickle.UnpicklingError as error:
-        wanted = re.search(r"(?:GLOBAL|global|class|function) ([\w.]+\.[\w.]+)", str(error))
+        wanted = re.search(r"GLOBAL ([\w.]+)|(?:global|class|function) ([\w.]+\.[\w.]+)", str(error))
         if wanted:
-            raise refused(path, wanted.group(1)) from error
+            raise refused(path, wanted.group(1) or wanted.group(2)) from error
         raise broken(path, error) from error
     except Exception as error:  # a damaged file can raise anything
         raise broken(path, error) from error

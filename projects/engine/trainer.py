@@ -206,7 +206,8 @@ class StandardTrainer(TrainerBase):
         with rng_preserved():
             self.results = evaluate(self.cfg, self.model)
             if self.cfg.TEST.VALIDATION_LOSS:
-                self.storage.put_scalars(**validation_losses(self.cfg, self.model), smoothing_hint=False)
+                last = min(self.iter, self.max_iter - 1)  # which the iteration is, but for the evaluation at the end
+                self.storage.put_scalars(**validation_losses(self.cfg, self.model, last), smoothing_hint=False)
         return self.results
 
     def _on_signal(self, number: int, frame) -> None:

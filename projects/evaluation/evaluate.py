@@ -68,10 +68,11 @@ def evaluate(cfg: CfgNode, model: torch.nn.Module) -> OrderedDict:
     return OrderedDict((f"{name}/{task}", values) for name, tasks in results.items() for task, values in tasks.items())
 
 
-def validation_losses(cfg: CfgNode, model: torch.nn.Module) -> dict[str, float]:
+def validation_losses(cfg: CfgNode, model: torch.nn.Module, iteration: int = 0) -> dict[str, float]:
     """Mean over the images of DATASETS.TEST of every training loss, as ``{"val_<loss>": value}``, in all processes.
 
-    Batch norm uses its running statistics, and the only augmentation is the resizing of the test.
+    Batch norm uses its running statistics, and the only augmentation is the resizing of the test. ``iteration`` is that of the
+    training, for losses that depend on it.
     """
     resize = T.ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
     mapper = build_mapper(cfg, is_train=True, augmentations=[resize])
@@ -81,7 +82,7 @@ def validation_losses(cfg: CfgNode, model: torch.nn.Module) -> dict[str, float]:
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
             module.eval()
     losses: dict[str, list[float]] = {}
-    with torch.no_grad(), EventStorage(0):
+    with torch.no_grad(), EventStorage(iteration):
         for name in cfg.DATASETS.TEST:
             for batch in Bar(build_test_loader(cfg, name, mapper), f"{name} losses"):
                 for loss, value in model(batch).items():

@@ -229,6 +229,7 @@ def test_oracle_uses_the_given_labels(narrow):
     model = talkative(narrow("panoptic_oracle"))
     given = sample()
     output = predict(model, [given])[0]
+    assert output["sem_seg"].shape == (19, 60, 90)
     assert torch.equal(output["sem_seg"].sum(dim=0), (given["sem_seg"] != IGNORED).float())
     assert torch.equal(output["sem_seg"].argmax(dim=0)[:56], given["sem_seg"][:56])
     seeds = output["common_attributes"]["seeds"].classes.tolist()

@@ -33,6 +33,13 @@ def test_hostile_pth_is_refused_by_name_and_runs_only_when_trusted(tmp_path):
     assert trap.exists()
 
 
+def test_builtin_function_in_a_pth_is_refused_by_name(tmp_path):
+    path = tmp_path / "model.pth"
+    torch.save({"model": {}, "extra": print}, path)
+    with pytest.raises(CheckpointError, match=r"wants \S*print,.*--trust"):
+        load_torch(str(path))
+
+
 def test_hostile_pkl_is_refused_by_name_and_runs_only_when_trusted(tmp_path):
     path, trap = tmp_path / "model.pkl", tmp_path / "trap"
     path.write_bytes(pickle.dumps({"model": Hostile(trap)}))

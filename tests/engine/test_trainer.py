@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.config import CfgNode
+from detectron2.utils.events import EventStorage
 
 from projects.engine.divergence import DivergedError
 from projects.engine.optimizer import build_optimizer
 from projects.engine.trainer import StandardTrainer
 from projects.errors import CheckpointError, ConfigError
+from projects.evaluation import evaluate
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -133,10 +135,13 @@ def test_training_leaves_what_a_person_looks_at(tiny_cfg, tmp_path):
     assert torch.load(folder / "model_final.pth", weights_only=True)["iteration"] == 3
 
 
-def test_validation_loss_moves_no_weight_and_no_generator(tiny_cfg):
+def test_validation_loss_moves_no_weight_and_no_generator(tiny_cfg, monkeypatch):
     opts = ["SOLVER.MAX_ITER", 4, "TEST.EVAL_PERIOD", 1]
     plain = run(tiny_cfg(*opts, "DATASETS.TEST", (), "OUTPUT_DIR", str(tiny_cfg().OUTPUT_DIR) + "_plain"))
+    iterations = []  # that losses which depend on it see
+    monkeypatch.setattr(evaluate, "EventStorage", lambda iteration: iterations.append(iteration) or EventStorage(iteration))
     evaluated = run(tiny_cfg(*opts, "TEST.VALIDATION_LOSS", True))
+    assert iterations == [0, 1, 2, 3]
     expected, found = state_of(plain), state_of(evaluated)
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
 

@@ -22,7 +22,7 @@ def one_thread():
 @pytest.fixture(autouse=True)
 def seeded(random_state_restored):
     """The same random numbers, whichever tests run."""
-    torch.manual_seed(1)
+    torch.manual_seed(0)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Runs of the game with two CPU processes, for test_processes.py: ``python two_processes.py CASE CONFIG OUTPUT_DIR``."""
+"""Runs of the game with two CPU processes, for test_processes.py: ``python two_processes.py CONFIG OUTPUT_DIR``."""
 
 import json
 import sys
@@ -79,24 +79,32 @@ def breaks_off(batch, return_samples):
     raise FloatingPointError("Predicted boxes or scores contain Inf/NaN.")
 
 
-def case(name: str, config: str, folder: str) -> int:
-    """Three iterations: the second process has no foreground in the first, none has in the second ("foreground"); or the
-    second process's forward pass breaks off in the first ("breaks_off")."""
+def note_equality(trainer: AdversarialTrainer, folder: Path) -> None:
+    everywhere = comm.gather(weights(trainer))
+    if comm.is_main_process():
+        equal = all(torch.equal(everywhere[0], other) for other in everywhere)
+        (folder / "result.json").write_text(json.dumps({"equal": equal, "iterations": trainer.iter}))
+
+
+def case(config: str, folder: str) -> int:
+    """Compare gradients. Then four iterations: in the first the second process has no foreground, in the second none has, the
+    third is as usual, and in the last the second process's forward pass breaks off."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     trainer = AdversarialTrainer(load_config(config, ["OUTPUT_DIR", folder]))
     trainer.resume_or_load(resume=False)
-    if name == "foreground":
-        same_gradients(trainer, Path(folder))
-    elif comm.get_rank() == 1:
-        trainer.model.forward = breaks_off
-    empty, generate = {0: [1], 1: [0, 1], 2: []}, trainer.generate
-    trainer.generate = lambda batch: generate(without_objects(batch) if comm.get_rank() in empty[trainer.iter] else batch)
+    same_gradients(trainer, Path(folder))
+    generate, without = trainer.generate, {0: [1], 1: [0, 1]}
+
+    def changed(batch):
+        if trainer.iter == 3:
+            note_equality(trainer, Path(folder))
+            if comm.get_rank() == 1:
+                trainer.model.forward = breaks_off
+        return generate(without_objects(batch) if comm.get_rank() in without.get(trainer.iter, []) else batch)
+
+    trainer.generate = changed
     trainer.train()
-    everywhere = comm.gather(weights(trainer))
-    if comm.is_main_process():
-        equal = all(torch.equal(everywhere[0], other) for other in everywhere)
-        (Path(folder) / "result.json").write_text(json.dumps({"equal": equal, "iterations": trainer.iter}))
     return 0
 
 
