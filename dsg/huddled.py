@@ -57,8 +57,8 @@ class Matches:
 
     Attributes:
         scores: (D,).
-        hits: (T, D) whether a detection took an object at each IoU threshold.
-        ignored: (T, D) whether it counts neither way, as it lies on a crowd.
+        hits: (T, D) whether a detection matched an object or a crowd at each IoU threshold.
+        ignored: (T, D) whether that was a crowd, so that it counts neither way.
         objects: how many there were to find.
     """
 
@@ -125,7 +125,7 @@ def pooled_ap(matches: Iterable[Matches]) -> float:
     hits = np.concatenate([m.hits for m in matches], axis=1)[:, order]
     ignored = np.concatenate([m.ignored for m in matches], axis=1)[:, order]
     right = np.cumsum(hits & ~ignored, axis=1)
-    wrong = np.cumsum(~hits & ~ignored, axis=1)
+    wrong = np.cumsum(~hits, axis=1)
     averages = []
     for found, missed in zip(right, wrong, strict=True):
         precision = found / np.maximum(found + missed, 1)

@@ -1,5 +1,6 @@
 """Shared fixtures: generator states restored around every test, a small shapes data set, the real sample data."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -31,6 +32,21 @@ def random_state_restored():
 
     with rng_preserved():
         yield
+
+
+@pytest.fixture(autouse=True)
+def log_handlers_restored():
+    """No test leaves a handler behind, whose stream ends with the test."""
+
+    def loggers() -> list[logging.Logger]:
+        known = logging.root.manager.loggerDict.values()
+        return [logging.root, *(logger for logger in known if isinstance(logger, logging.Logger))]
+
+    before = {logger: list(logger.handlers) for logger in loggers()}
+    yield
+    for logger in loggers():
+        for handler in set(logger.handlers) - set(before.get(logger, [])):
+            logger.removeHandler(handler)
 
 
 @pytest.fixture(scope="session")

@@ -34,6 +34,26 @@ def test_weights_of_table_1(config, opts, weights):
     assert sum(p.numel() for p in model.parameters()) == weights
 
 
+@pytest.mark.parametrize(
+    ("config", "on"),
+    [
+        ("dsg_mrpn", (False, False, False, False)),
+        ("dsg_mrpn_fm", (True, False, False, False)),
+        ("dsg_mrpn_fm_sgb", (True, True, False, False)),
+        ("dsg_R_50_FPN_1x", (True, True, True, False)),
+        ("dsg_sgm", (True, True, True, True)),
+        ("dsg_X_101_32x4d_DCN_FPN_2x", (True, True, True, False)),
+        ("shapes_dsg_R_18_FPN", (True, True, True, False)),
+    ],
+)
+def test_switches_of_table_1(config, on):
+    cfg = load_config(config_path(f"dsg/{config}.yaml"))
+    dsg = cfg.MODEL.DSG
+    assert on == (dsg.FUSION_MASK, dsg.SGRA_BOX, dsg.FUSION_BOX, dsg.SGRA_MASK)
+    assert (cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.PROPOSAL_GENERATOR.NAME) == ("DSGRCNN", "MaskRPN")
+    assert (dsg.FUSION_KERNEL, dsg.DETACH_PROBS, dsg.MPN_DTYPE_TEST) == (3, False, "float32")
+
+
 @pytest.mark.parametrize("on", list(itertools.product([False, True], repeat=4)), ids=lambda on: "".join("-+"[v] for v in on))
 def test_every_setting_of_the_switches_trains_and_infers(small_model, switches, inputs, storage, on):
     names = ("FUSION_MASK", "SGRA_BOX", "FUSION_BOX", "SGRA_MASK")

@@ -70,6 +70,8 @@ def test_bfloat16_at_inference_only(small_model, inputs, storage):
     assert not torch.equal(logits, expected[0])
     model.train()
     assert model.proposal_generator.mpn(features, boxes)[1].dtype == torch.float32
+    with torch.no_grad():  # the losses on data that is not trained on
+        assert model.proposal_generator.mpn(features, boxes)[1].dtype == torch.float32
 
 
 def test_proposals_are_sampled_and_carry_the_masks(small_model, inputs, storage):

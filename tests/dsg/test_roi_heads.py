@@ -173,10 +173,16 @@ def read_map(probs: torch.Tensor, source: list[float], x: float, y: float) -> fl
 
 def test_maps_are_read_in_the_detection_and_are_zero_outside_of_the_proposal():
     generator = torch.Generator().manual_seed(4)
-    probs = 0.1 + 0.9 * torch.rand(4, 1, 6, 6, generator=generator)
-    sources = torch.tensor([[10.0, 20.0, 40.0, 44.0]]).repeat(4, 1)
+    probs = 0.1 + 0.9 * torch.rand(5, 1, 6, 6, generator=generator)
+    sources = torch.tensor([[10.0, 20.0, 40.0, 44.0]]).repeat(5, 1)
     targets = torch.tensor(
-        [[10.0, 20.0, 40.0, 44.0], [13.0, 22.0, 31.0, 40.0], [1.0, 30.0, 60.0, 70.0], [50.0, 50.0, 60.0, 60.0]]
+        [
+            [10.0, 20.0, 40.0, 44.0],
+            [13.0, 22.0, 31.0, 40.0],
+            [1.0, 30.0, 60.0, 70.0],
+            [50.0, 50.0, 60.0, 60.0],
+            [9.0, 19.0, 13.0, 22.0],
+        ]
     )
     found = resample_probs(probs, sources, targets)
     assert found.shape == probs.shape

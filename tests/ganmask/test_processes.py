@@ -38,8 +38,8 @@ def test_two_processes(gan_cfg, tmp_path, losses):
     assert json.loads((folder / "result.json").read_text()) == {"equal": True, "iterations": 3}
     records = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
     game = ("loss_adv_box", "loss_adv_mask", "loss_disc_box", "loss_disc_mask")
-    assert [[record[name] == 0 for name in game] for record in records] == [[False] * 4, [True] * 4, [False] * 4]
-    assert ["accuracy_box_fake" in record for record in records] == [True, False, True]
+    assert [[record[name] == 0 for name in game] for record in records[:3]] == [[False] * 4, [True] * 4, [False] * 4]
+    assert ["accuracy_box_fake" in record for record in records[:3]] == [True, False, True]
 
     # A forward pass that breaks off in one process stops both.
     assert done.returncode == 2 and "forward not finite" in done.stderr and "Traceback" not in done.stderr, done.stderr

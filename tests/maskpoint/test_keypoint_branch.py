@@ -45,7 +45,6 @@ def test_paper_size():
     assert sum(p.numel() for p in branch.parameters()) == convs + 512 * 16 * 101 + 101
     per_pixel = 9 * (256 * 512 + 7 * 512 * 512) + 16 * 512 * 101
     assert gigamacs(branch) == pytest.approx(196 * per_pixel / 1e9) == pytest.approx(3.6, abs=0.05)
-    assert gigamacs(full_size("light")) < gigamacs(branch) / 6
 
 
 def test_settings_come_from_the_config():
