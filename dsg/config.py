@@ -18,5 +18,16 @@ def add_dsg_config(cfg: CfgNode) -> None:
     cfg.MODEL.DSG.FUSION_KERNEL = 3
     # Cut the gradient from the losses of the guided heads through P into the MPN; the paper lets it flow.
     cfg.MODEL.DSG.DETACH_PROBS = False
-    # What the MPN computes in at inference: "float32", or "bfloat16", which is faster and halves the memory of its features.
+    # What the MPN computes in at inference: "float32", or "bfloat16", which halves the memory of its features, and its time
+    # where the processor computes in it.
     cfg.MODEL.DSG.MPN_DTYPE_TEST = "float32"
+
+    # Cascade DSG and HTC (ROI_HEADS.NAME "CascadeMaskROIHeads", "HTCROIHeads", "CascadeDSGROIHeads"), section 3.5.
+    # A stage's mask head runs on the boxes that the stage predicts (B^t of Eq. 3; HTC's interleaved execution).
+    cfg.MODEL.DSG.INTERLEAVED = False
+    # HTC's mask information flow: a stage's mask head also sees what the earlier ones make of its boxes.
+    cfg.MODEL.DSG.MASK_FLOW = False
+    # HTC's semantic branch (META_ARCHITECTURE "DSGRCNN"), with the keys of MODEL.SEM_SEG_HEAD; learns from `sem_seg`.
+    cfg.MODEL.DSG.SEMANTIC = False
+    # Weight of each stage's losses of boxes and masks, as in the paper's code base.
+    cfg.MODEL.DSG.STAGE_WEIGHTS = [1.0, 0.5, 0.25]

@@ -4,6 +4,8 @@ The state dict has the names of Detectron2's DeformBottleneckBlock (``conv2_offs
 of offsets, so that its DCN checkpoints load, and ImageNet weights of the plain ResNet fill everything but the offsets.
 """
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode
@@ -14,6 +16,8 @@ from detectron2.modeling.backbone.fpn import build_resnet_fpn_backbone
 from detectron2.modeling.backbone.resnet import BottleneckBlock
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
+
+from projects.errors import ConfigError
 
 
 class DeformBottleneckBlock(CNNBlockBase):
@@ -48,19 +52,35 @@ class DeformBottleneckBlock(CNNBlockBase):
         if self.modulated:
             a, b, weights = offset.chunk(3, dim=1)
             offset, weights = torch.cat([a, b], dim=1), weights.sigmoid()
+        out = self._sample_and_convolve(out, offset, weights)
         conv = self.conv2
-        out = deform_conv2d(out, offset, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, weights)
         if conv.norm is not None:
             out = conv.norm(out)
         out = self.conv3(F.relu_(out))
         return F.relu_(out + (x if self.shortcut is None else self.shortcut(x)))
 
 
+    def _sample_and_convolve(self, x: Tensor, offset: Tensor, weights: Tensor | None) -> Tensor:
+        """torchvision's operator has no bfloat16 on a CPU: under autocast it computes in float32 there."""
+        conv, device = self.conv2, x.device.type
+        tensors = x, offset, conv.weight, conv.bias, weights
+        with torch.autocast(device, enabled=False) if device == "cpu" else nullcontext():
+            if device == "cpu":
+                tensors = tuple(None if t is None else t.float() for t in tensors)
+            x_, offset, weight, bias, weights = tensors
+            return deform_conv2d(x_, offset, weight, bias, conv.stride, conv.padding, conv.dilation, weights).to(x.dtype)
+
+
 @BACKBONE_REGISTRY.register()
 def build_deform_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """Detectron2's ResNet with FPN, with deformable blocks in the stages (res2 to res5) that MODEL.RESNETS.DEFORM_ON_PER_STAGE
-    names; DEFORM_MODULATED and DEFORM_NUM_GROUPS as in Detectron2. For depths of 50 and more."""
+    names; DEFORM_MODULATED and DEFORM_NUM_GROUPS as in Detectron2. For depths of 50 and more; ConfigError for others."""
     resnets = cfg.MODEL.RESNETS
+    if resnets.DEPTH < 50 and any(resnets.DEFORM_ON_PER_STAGE):
+        raise ConfigError(
+            "Deformable blocks are bottleneck blocks: MODEL.RESNETS.DEPTH must be 50 or more with DEFORM_ON_PER_STAGE, found "
+            f"{resnets.DEPTH}."
+        )
     plain = cfg.clone()
     plain.defrost()
     plain.MODEL.RESNETS.DEFORM_ON_PER_STAGE = [False] * 4

@@ -30,8 +30,8 @@ class FeatureFusion(nn.Module):
         weight_init.c2_xavier_fill(self.conv)  # as Detectron2's FPN: no activation follows
 
     def forward(self, x: Tensor, mask_features: Tensor) -> Tensor:
-        """(R, C, S / stride, S / stride), (R, D, S, S) -> the shape of ``x``. Features of another type than that of ``x`` are
+        """(R, C, S / stride, S / stride), (R, D, S, S) -> the shape of ``x``. Features of a shorter type than that of ``x`` are
         convolved in theirs (MODEL.DSG.MPN_DTYPE_TEST)."""
-        same = mask_features.dtype == x.dtype
-        with nullcontext() if same else torch.autocast(x.device.type, mask_features.dtype):
+        shorter = mask_features.dtype.itemsize < x.dtype.itemsize
+        with torch.autocast(x.device.type, mask_features.dtype) if shorter else nullcontext():
             return x + self.conv(mask_features)

@@ -17,6 +17,8 @@ from projects.errors import ConfigError
 
 from .mpn import MPN
 
+HEADS = ("DSGROIHeads", "CascadeDSGROIHeads")  # that take its proposals
+
 
 @PROPOSAL_GENERATOR_REGISTRY.register()
 class MaskRPN(RPN):
@@ -42,6 +44,11 @@ class MaskRPN(RPN):
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]):
         if not cfg.MODEL.MASK_ON:
             raise ConfigError("MODEL.PROPOSAL_GENERATOR.NAME 'MaskRPN' learns from masks: set MODEL.MASK_ON True.")
+        if cfg.MODEL.ROI_HEADS.NAME not in HEADS:
+            raise ConfigError(
+                "MODEL.PROPOSAL_GENERATOR.NAME 'MaskRPN' samples the proposals, which MODEL.ROI_HEADS.NAME must know: expected "
+                f"{' or '.join(HEADS)}, found {cfg.MODEL.ROI_HEADS.NAME}."
+            )
         arguments = super().from_config(cfg, input_shape)
         return {**arguments, "mpn": MPN(cfg, input_shape), "sampler": ROIHeads(cfg)}
 

@@ -4,14 +4,14 @@ Shapes: N images, R RoIs of all images in order, C channels of the pyramid, D ch
 mask head's pooler (14), M = 2 S pixels per side of a mask (28). Boxes are x0, y0, x1, y1 in image pixels.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.roi_heads.mask_head import MaskRCNNConvUpsampleHead
-from detectron2.structures import Boxes
+from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
 from projects.errors import ConfigError
@@ -57,6 +57,8 @@ class MPN(nn.Module):
         side = cfg.MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION
         shape = ShapeSpec(channels=input_shape[in_features[0]].channels, height=side, width=side)
         arguments = MaskRCNNConvUpsampleHead.from_config(cfg, shape)
+        if cfg.MODEL.ROI_MASK_HEAD.NUM_CONV < 1:
+            raise ConfigError("DSG fuses what the mask head's convolutions make: set MODEL.ROI_MASK_HEAD.NUM_CONV 1 or more.")
         if cfg.MODEL.DSG.MPN_DTYPE_TEST not in DTYPES:
             raise ConfigError(
                 f"MODEL.DSG.MPN_DTYPE_TEST is '{cfg.MODEL.DSG.MPN_DTYPE_TEST}': expected one of {', '.join(DTYPES)}."
@@ -77,28 +79,29 @@ class MPN(nn.Module):
         levels = [features[name] for name in self.in_features]
         if torch.is_grad_enabled():
             return logits_and_features(self.head, self.pooler(levels, boxes))
-        device = levels[0].device.type
+        device = levels[0].device
         lower = not self.training and self.dtype_test != torch.float32
-        precision = torch.autocast(device, self.dtype_test) if lower else nullcontext()
-        total, start, results = sum(map(len, boxes)), 0, ()
-        for part in in_chunks(boxes, CHUNK.get(device, CHUNK["cuda"])):
+
+        def of_part(part: list[Boxes]) -> tuple[Tensor, Tensor]:
             pooled = self.pooler(levels, part)
-            with precision:
+            with torch.autocast(device.type, self.dtype_test) if lower else nullcontext():
                 logits, mask_features = logits_and_features(self.head, pooled)
-            outputs = logits.to(pooled.dtype), mask_features
-            results = results or tuple(_empty_like(output, total) for output in outputs)
-            for result, output in zip(results, outputs, strict=True):
-                result[start : start + len(output)] = output
-            start += len(pooled)
-        return results
+            return logits.to(pooled.dtype), mask_features
+
+        return run_in_chunks(map(of_part, in_chunks(boxes, chunk_size(device))), sum(map(len, boxes)))
+
+
+def features_of(head: MaskRCNNConvUpsampleHead, x: Tensor) -> Tensor:
+    """F_ (R, D, S, S), what a mask head makes of pooled features (R, C, S, S) before its deconvolution."""
+    for convolution in head.conv_norm_relus:
+        x = convolution(x)
+    return x
 
 
 def logits_and_features(head: MaskRCNNConvUpsampleHead, x: Tensor) -> tuple[Tensor, Tensor]:
-    """What a mask head makes of pooled features (R, C, S, S): its logits (R, K, M, M), and F_ (R, D, S, S), the output of its
-    last convolution before the deconvolution."""
-    for convolution in head.conv_norm_relus:
-        x = convolution(x)
-    return head.predictor(head.deconv_relu(head.deconv(x))), x
+    """What a mask head makes of pooled features (R, C, S, S): its logits (R, K, M, M), and F_ (R, D, S, S)."""
+    mask_features = features_of(head, x)
+    return head.predictor(head.deconv_relu(head.deconv(mask_features))), mask_features
 
 
 def build_pooler(head: CfgNode, in_features: list[str], input_shape: dict[str, ShapeSpec]) -> Pooler:
@@ -113,14 +116,29 @@ def build_pooler(head: CfgNode, in_features: list[str], input_shape: dict[str, S
     return Pooler(head.POOLER_RESOLUTION, scales, head.POOLER_SAMPLING_RATIO)
 
 
-def in_chunks(boxes: list[Boxes], size: int) -> Iterator[list[Boxes]]:
-    """The boxes of N images, ``size`` of them at a time in their order, each time as a list of N; at least one such list."""
-    for start in range(0, max(sum(map(len, boxes)), 1), size):
-        part, first = [], start  # first, counted from this image's first box
-        for of_image in boxes:
+def chunk_size(device: torch.device) -> int:
+    return CHUNK.get(device.type, CHUNK["cuda"])
+
+
+def in_chunks(rois: list[Boxes] | list[Instances], size: int) -> Iterator[list]:
+    """The RoIs of N images, ``size`` of them at a time in their order, each time as a list of N; at least one such list."""
+    for start in range(0, max(sum(map(len, rois)), 1), size):
+        part, first = [], start  # first, counted from this image's first RoI
+        for of_image in rois:
             part.append(of_image[max(first, 0) : max(first + size, 0)])
             first -= len(of_image)
         yield part
+
+
+def run_in_chunks(outputs: Iterable[tuple[Tensor, ...]], rows: int) -> tuple[Tensor, ...]:
+    """The outputs of all chunks, one below the other, without a moment at which they exist twice; ``rows`` together."""
+    start, results = 0, ()
+    for of_chunk in outputs:
+        results = results or tuple(_empty_like(output, rows) for output in of_chunk)
+        for result, output in zip(results, of_chunk, strict=True):
+            result[start : start + len(output)] = output
+        start += len(of_chunk[0])
+    return results
 
 
 def _empty_like(output: Tensor, rows: int) -> Tensor:

@@ -20,12 +20,14 @@ from .fusion import FeatureFusion
 from .mask_rpn import attach_masks
 from .mpn import MPN, build_pooler
 
-HANDED_ON = ("proposal_boxes", "proposal_mask_probs", "proposal_mask_features")  # from a proposal to its detections
+OF_PROPOSALS = ("proposal_boxes", "proposal_mask_probs", "proposal_mask_features")
 
 
 @ROI_HEADS_REGISTRY.register()
 class DSGROIHeads(StandardROIHeads):
     """Detectron2's heads on proposals of :class:`dsg.mask_rpn.MaskRPN`.
+
+    A detection takes along what its mask needs of the proposal that it came from, the fields in ``handed_on``.
 
     Args (beside StandardROIHeads'):
         box_fusion, mask_fusion: F_B and F_M, or None.
@@ -50,31 +52,24 @@ class DSGROIHeads(StandardROIHeads):
         self.guide_box = guide_box
         self.guide_mask = guide_mask
         self.detach_probs = detach_probs
+        used = {"proposal_mask_probs": guide_mask, "proposal_mask_features": mask_fusion is not None}
+        needed = tuple(name for name, on in used.items() if on and self.mask_on)
+        self.handed_on = ("proposal_boxes", *needed) if needed else ()
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]):
         dsg, box, mask = cfg.MODEL.DSG, cfg.MODEL.ROI_BOX_HEAD, cfg.MODEL.ROI_MASK_HEAD
-        if cfg.MODEL.PROPOSAL_GENERATOR.NAME != "MaskRPN":
-            raise ConfigError(
-                "MODEL.ROI_HEADS.NAME 'DSGROIHeads' needs the masks that MODEL.PROPOSAL_GENERATOR.NAME 'MaskRPN' gives its "
-                f"proposals; found '{cfg.MODEL.PROPOSAL_GENERATOR.NAME}'."
-            )
+        check_proposal_generator(cfg)
         if box.TRAIN_ON_PRED_BOXES:
             raise ConfigError("DSG's mask head trains on the proposals: set MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES False.")
-        if mask.POOLER_RESOLUTION % box.POOLER_RESOLUTION:
-            raise ConfigError(
-                "A stride brings the MPN's features to the box head's size: MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION must be a "
-                f"multiple of MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION, found {mask.POOLER_RESOLUTION} and {box.POOLER_RESOLUTION}."
-            )
         channels = input_shape[cfg.MODEL.ROI_HEADS.IN_FEATURES[0]].channels
-        stride = mask.POOLER_RESOLUTION // box.POOLER_RESOLUTION
 
         def fusion(stride: int) -> FeatureFusion:
             return FeatureFusion(mask.CONV_DIM, channels, dsg.FUSION_KERNEL, stride)
 
         return {
             **super().from_config(cfg, input_shape),
-            "box_fusion": fusion(stride) if dsg.FUSION_BOX else None,
+            "box_fusion": fusion(pooling_stride(cfg)) if dsg.FUSION_BOX else None,
             "mask_fusion": fusion(1) if dsg.FUSION_MASK else None,
             "guide_box": dsg.SGRA_BOX,
             "guide_mask": dsg.SGRA_MASK,
@@ -102,23 +97,12 @@ class DSGROIHeads(StandardROIHeads):
     ) -> list[Instances]:
         """As StandardROIHeads'. Detections of this class's own box head bring what their proposals carried; for other boxes
         (test-time augmentation) the box takes its proposal's place, and ``mpn`` computes the rest."""
-        needs_masks = self.mask_on and (self.mask_fusion is not None or self.guide_mask)
-        if needs_masks and not all(i.has("proposal_boxes") for i in instances):
-            if mpn is None:
-                raise ValueError("boxes without proposals need the MPN: call the model of MODEL.META_ARCHITECTURE 'DSGRCNN'")
-            logits, mask_features = mpn(features, [i.pred_boxes for i in instances])
-            attach_masks(instances, logits, mask_features)
-            for of_image in instances:
-                of_image.proposal_boxes = of_image.pred_boxes
-        instances = super().forward_with_given_boxes(features, instances)
-        for of_image in instances:
-            for name in HANDED_ON:
-                if of_image.has(name):
-                    of_image.remove(name)
-        return instances
+        if self.handed_on:
+            give_masks_to_boxes(mpn, features, instances)
+        return without_proposals(super().forward_with_given_boxes(features, instances))
 
     def _forward_box(self, features: dict[str, Tensor], proposals: list[Instances]):
-        """Losses in training; in inference the detections, with what they need of their proposals in ``HANDED_ON``."""
+        """Losses in training; in inference the detections, with ``handed_on`` of their proposals."""
         x = self.box_pooler(
             [features[name] for name in self.box_in_features],
             [p.proposal_boxes for p in proposals],
@@ -133,7 +117,7 @@ class DSGROIHeads(StandardROIHeads):
         scores = self.box_predictor.predict_probs(predictions, proposals)
         detections, rows = infer_boxes(self.box_predictor, boxes, scores, [p.image_size for p in proposals])
         for of_image, sources, kept in zip(detections, proposals, rows, strict=True):
-            for name in HANDED_ON:
+            for name in self.handed_on:
                 of_image.set(name, sources.get(name)[kept])
         return detections
 
@@ -157,6 +141,46 @@ class DSGROIHeads(StandardROIHeads):
         """P of all RoIs (R, 1, M, M)."""
         probs = cat([i.proposal_mask_probs for i in instances])
         return probs.detach() if self.detach_probs else probs
+
+
+def check_proposal_generator(cfg: CfgNode) -> None:
+    """Raise ConfigError for proposals without masks."""
+    if cfg.MODEL.PROPOSAL_GENERATOR.NAME != "MaskRPN":
+        raise ConfigError(
+            f"MODEL.ROI_HEADS.NAME '{cfg.MODEL.ROI_HEADS.NAME}' needs the masks that MODEL.PROPOSAL_GENERATOR.NAME 'MaskRPN' "
+            f"gives its proposals; found '{cfg.MODEL.PROPOSAL_GENERATOR.NAME}'."
+        )
+
+
+def pooling_stride(cfg: CfgNode) -> int:
+    """Bins of the mask pooler per bin of the box pooler, the stride of F_B. Raises ConfigError unless it is a whole number."""
+    box, mask = cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION, cfg.MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION
+    if mask % box:
+        raise ConfigError(
+            "A stride brings the MPN's features to the box head's size: MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION must be a "
+            f"multiple of MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION, found {mask} and {box}."
+        )
+    return mask // box
+
+
+def give_masks_to_boxes(mpn: MPN | None, features: dict[str, Tensor], instances: list[Instances]) -> None:
+    """Boxes that did not come from proposals take the place of their proposals, and ``mpn`` computes their masks."""
+    if all(i.has("proposal_boxes") for i in instances):
+        return
+    if mpn is None:
+        raise ValueError("boxes without proposals need the MPN: call the model of MODEL.META_ARCHITECTURE 'DSGRCNN'")
+    attach_masks(instances, *mpn(features, [i.pred_boxes for i in instances]))
+    for of_image in instances:
+        of_image.proposal_boxes = of_image.pred_boxes
+
+
+def without_proposals(instances: list[Instances]) -> list[Instances]:
+    """The detections, without what came from their proposals."""
+    for of_image in instances:
+        for name in OF_PROPOSALS:
+            if of_image.has(name):
+                of_image.remove(name)
+    return instances
 
 
 def infer_boxes(
@@ -195,6 +219,6 @@ def resample_probs(probs: Tensor, sources: Tensor, targets: Tensor) -> Tensor:
     x, y = places[0][:, None, :], places[1][:, :, None]  # (R, 1, M), (R, M, 1)
     inside = (x >= 0) & (x <= 1) & (y >= 0) & (y <= 1)
     grid = torch.stack(torch.broadcast_tensors(x, y), dim=-1)
-    grid = torch.where(inside[..., None], 2 * grid - 1, 0).to(probs.dtype)
-    read = F.grid_sample(probs, grid, mode="bilinear", padding_mode="border", align_corners=False)
-    return torch.where(inside[:, None], read, 0)
+    grid = torch.where(inside[..., None], 2 * grid - 1, 0)
+    read = F.grid_sample(probs.to(grid.dtype), grid, mode="bilinear", padding_mode="border", align_corners=False)
+    return torch.where(inside[:, None], read, 0).to(probs.dtype)

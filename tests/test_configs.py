@@ -84,9 +84,10 @@ def narrow_config(path: Path) -> Config:
 
 @pytest.fixture
 def record(tmp_path) -> dict:
-    """A record of a photograph-like image with two instances, as a data set gives it."""
+    """A record of a photograph-like image with two instances and a semantic map, as a data set gives it."""
     pixels = np.random.RandomState(0).randint(0, 255, (96, 128, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "image.png")
+    Image.fromarray(np.random.RandomState(1).randint(0, 8, (96, 128), dtype=np.uint8)).save(tmp_path / "labels.png")
     square, triangle = [10, 10, 60, 10, 60, 50, 10, 50], [70, 80, 110, 80, 90, 30]
     annotations = [
         {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": category, "segmentation": [polygon], "iscrowd": 0}
@@ -94,6 +95,7 @@ def record(tmp_path) -> dict:
     ]
     return {
         "file_name": str(tmp_path / "image.png"),
+        "sem_seg_file_name": str(tmp_path / "labels.png"),
         "image_id": 1,
         "height": 96,
         "width": 128,
@@ -105,10 +107,6 @@ def record(tmp_path) -> dict:
 def test_config_trains_and_infers(path, record):
     cfg = narrow_config(path)
     assert cfg.SOLVER.TRAINER in TRAINER_REGISTRY
-    if "PanopticFPN" in cfg.MODEL.META_ARCHITECTURE or cfg.INPUT.MAPPER == "CASNetMapper":
-        labels = np.random.RandomState(1).randint(0, 8, (96, 128), dtype=np.uint8)
-        record["sem_seg_file_name"] = record["file_name"].replace("image", "labels")
-        Image.fromarray(labels).save(record["sem_seg_file_name"])
     if cfg.MODEL.CASNET.MODE == "separated":
         cfg.MODEL.CASNET.SEMANTIC_WEIGHTS = record["file_name"].replace("image.png", "semantic.pth")
         semantic = cfg.clone()

@@ -14,7 +14,7 @@ from detectron2.modeling.backbone.resnet import BottleneckBlock, build_resnet_ba
 from dsg.deform_backbone import DeformBottleneckBlock, build_deform_resnet_fpn_backbone
 from projects import config_path, load_config
 from projects.engine.checkpoint import Checkpointer
-from projects.errors import CheckpointError
+from projects.errors import CheckpointError, ConfigError
 from projects.modeling.build import build_model
 
 RGB = ShapeSpec(channels=3)
@@ -142,3 +142,21 @@ def test_timms_models_that_detectron2_does_not_have_are_refused(convert):
     weights = timm.create_model("seresnext26d_32x4d", pretrained=False).state_dict()
     with pytest.raises(CheckpointError, match="'conv1.0.weight', for which Detectron2's ResNet has no place"):
         convert(weights)
+
+
+@pytest.mark.parametrize("modulated", [False, True])
+def test_bfloat16_on_a_cpu(modulated):
+    torch.manual_seed(0)
+    block = DeformBottleneckBlock(BottleneckBlock(8, 8, bottleneck_channels=8, norm=""), modulated)
+    torch.nn.init.normal_(block.conv2_offset.bias)
+    x = torch.randn(2, 8, 12, 10)
+    expected = block(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = block(x)
+    found.float().sum().backward()
+    assert (found - expected).abs().mean() < 0.02 * expected.abs().mean() and block.conv2_offset.weight.grad.any()
+
+
+def test_shallow_resnets_have_no_deformable_blocks():
+    with pytest.raises(ConfigError, match="DEPTH must be 50 or more with DEFORM_ON_PER_STAGE, found 18"):
+        build_deform_resnet_fpn_backbone(narrow("MODEL.RESNETS.DEPTH", 18), RGB)

@@ -1,6 +1,7 @@
 """Whole DSG models: weights, all switches, the way back to Mask R-CNN, empty images, mixed precision, DefaultPredictor."""
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -148,6 +149,21 @@ def test_mixed_precision(small_model, inputs, storage):
     assert all(len(output["instances"]) == 9 for output in outputs)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", ["shapes_dsg_R_18_FPN", "shapes_htc_dsg_R_18_FPN", "dsg_R_101_DCN_FPN_2x"])
+def test_mixed_precision_on_a_gpu(small_model, inputs, storage, config):
+    model = small_model("MODEL.DEVICE", "cuda", config=f"dsg/{config}.yaml").train()
+    batch = [{**x, "sem_seg": torch.zeros(64, 96, dtype=torch.int64)} for x in inputs]
+    with torch.autocast("cuda", torch.bfloat16):
+        losses = model(batch)
+        with torch.no_grad():
+            outputs = model.eval()(batch)
+    sum(losses.values()).backward()
+    assert all(loss.isfinite() for loss in losses.values())
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    assert len(outputs) == 2 and all(output["instances"].scores.isfinite().all() for output in outputs)
+
+
 def test_detections_take_no_more_than_they_need(small_model, inputs):
     """What the heads hand on inside, features of all proposals, does not stay with the results."""
     model = small_model()
@@ -157,17 +173,24 @@ def test_detections_take_no_more_than_they_need(small_model, inputs):
     assert set(outputs[0].get_fields()) == OUTPUT_FIELDS - {"pred_masks"}
 
 
-@pytest.mark.parametrize("name", ["dsg_R_50_FPN_1x", "dsg_sgm", "dsg_R_101_DCN_FPN_2x", "dsg_X_101_32x4d_DCN_FPN_2x"])
-def test_default_predictor(name):
-    cfg = load_config(config_path(f"dsg/{name}.yaml"))
-    groups = cfg.MODEL.RESNETS.NUM_GROUPS
+CONFIGS = Path(config_path("dsg/dsg_mrpn.yaml")).parents[1]
+ROWS = [*CONFIGS.glob("dsg/*.yaml"), *CONFIGS.glob("baseline/*single_scale.yaml")]
+
+
+@pytest.mark.parametrize("path", sorted(ROWS), ids=lambda path: path.stem)
+def test_default_predictor_on_every_row(path):
+    cfg = load_config(str(path))
     opts = {
-        "MODEL.DEVICE": "cpu", "MODEL.WEIGHTS": "", "MODEL.RESNETS.NORM": "BN", "MODEL.RESNETS.STEM_OUT_CHANNELS": 8,
-        "MODEL.RESNETS.RES2_OUT_CHANNELS": 32, "MODEL.RESNETS.WIDTH_PER_GROUP": max(8 // groups, 1),
-        "MODEL.FPN.OUT_CHANNELS": 8, "MODEL.ROI_BOX_HEAD.FC_DIM": 8, "MODEL.ROI_MASK_HEAD.CONV_DIM": 8,
+        "MODEL.DEVICE": "cpu", "MODEL.WEIGHTS": "", "MODEL.RESNETS.NORM": "BN", "MODEL.FPN.OUT_CHANNELS": 8,
+        "MODEL.ROI_BOX_HEAD.FC_DIM": 8, "MODEL.ROI_MASK_HEAD.CONV_DIM": 8, "MODEL.RPN.CONV_DIMS": [8],
         "MODEL.RPN.POST_NMS_TOPK_TEST": 10, "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0, "TEST.DETECTIONS_PER_IMAGE": 5,
         "INPUT.MIN_SIZE_TEST": 64, "INPUT.MAX_SIZE_TEST": 96,
     }  # fmt: skip
+    if cfg.MODEL.RESNETS.DEPTH > 34:  # Detectron2 builds R18 in one width only
+        opts |= {"MODEL.RESNETS.STEM_OUT_CHANNELS": 8, "MODEL.RESNETS.RES2_OUT_CHANNELS": 32}
+        opts["MODEL.RESNETS.WIDTH_PER_GROUP"] = max(8 // cfg.MODEL.RESNETS.NUM_GROUPS, 1)
+    if cfg.MODEL.RESNETS.NUM_GROUPS > 32:
+        opts["MODEL.RESNETS.RES2_OUT_CHANNELS"] = 64
     cfg.merge_from_list([word for pair in opts.items() for word in pair])
     predictor = DefaultPredictor(cfg)
     for module in predictor.model.modules():  # else what random weights give grows from layer to layer

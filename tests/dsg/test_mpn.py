@@ -149,6 +149,8 @@ def test_mask_loss_reaches_the_pyramid_through_the_mpn(small_model, inputs, stor
         (("MODEL.ROI_BOX_HEAD.POOLER_TYPE", "ROIAlign"), "must be 'ROIAlignV2', found 'ROIAlign'"),
         (("MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION", 8), "found 14 and 8"),
         (("MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES", True), "TRAIN_ON_PRED_BOXES False"),
+        (("MODEL.ROI_HEADS.NAME", "StandardROIHeads"), "expected DSGROIHeads or CascadeDSGROIHeads, found StandardROIHeads"),
+        (("MODEL.ROI_MASK_HEAD.NUM_CONV", 0), "NUM_CONV 1 or more"),
     ],
 )
 def test_configs_that_cannot_be_are_refused(small_model, opts, message):

@@ -198,6 +198,15 @@ def test_maps_are_read_in_the_detection_and_are_zero_outside_of_the_proposal():
     assert (found[2] == 0).any() and (found[2] > 0).any()
 
 
+def test_maps_in_bfloat16_are_read_at_exact_places():
+    """A box of 230 pixels: places in bfloat16 would be off by a cell."""
+    probs = torch.rand(1, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    boxes = torch.tensor([[301.0, 207.0, 531.0, 447.0]]), torch.tensor([[311.0, 230.0, 523.0, 440.0]])
+    found = resample_probs(probs.bfloat16(), *boxes)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), resample_probs(probs, *boxes), rtol=0, atol=0.005)
+
+
 def test_maps_of_proposals_without_area_are_zero():
     boxes = torch.tensor([[5.0, 5.0, 5.0, 9.0], [math.nan, 0.0, 1.0, 1.0]])
     found = resample_probs(torch.ones(2, 1, 4, 4), boxes, torch.tensor([[0.0, 0.0, 10.0, 10.0]] * 2))

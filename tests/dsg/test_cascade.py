@@ -1,0 +1,538 @@
+"""Cascade Mask R-CNN with a mask head per stage, HTC and Cascade DSG: weights, rows, labels, losses, Eq. 3."""
+
+import itertools
+
+import pytest
+import torch
+from detectron2.modeling.roi_heads.mask_head import mask_rcnn_loss
+from detectron2.structures import BitMasks, Boxes, Instances
+
+from dsg.cascade import CascadeMaskROIHeads, channel_of_class, mask_loss
+from dsg.mpn import features_of, logits_and_features
+from dsg.semantic_branch import SemanticBranch
+from projects import config_path, load_config
+from projects.errors import ConfigError, DataError
+from projects.layers import sg_roi_align
+from projects.modeling.build import build_model
+
+MASK_RCNN = 44_343_216 - 316 * 1025  # class-agnostic boxes have 4 outputs instead of 320
+STAGE = (256 * 49 + 1) * 1024 + (1024 + 1) * 1024 + (1024 + 1) * (81 + 4) + 2_643_280  # a box head and a mask head
+CASCADE = MASK_RCNN + 2 * STAGE
+SEMANTIC = 6 * 65_792 + 4 * 590_080 + 257 * 183  # laterals and embedding; 3x3 convolutions; logits
+MPN, FUSION, FLOW = 2_622_977, 590_080, 65_792
+NAMES = {"base": "shapes_cascade_mask_rcnn", "dsg": "shapes_cascade_dsg", "htc": "shapes_htc", "htc_dsg": "shapes_htc_dsg"}
+OFF = dict.fromkeys(("INTERLEAVED", "MASK_FLOW", "SEMANTIC", "FUSION_MASK", "SGRA_BOX", "FUSION_BOX"), False)
+
+
+def words(**keys) -> list:
+    return [word for key, value in keys.items() for word in (f"MODEL.DSG.{key}", value)]
+
+
+@pytest.fixture
+def cascade(small_model):
+    """``cascade("htc", KEY, VALUE, ...)``: a narrow cascade in eval mode, whose stages move boxes by a pixel or two."""
+
+    def build(name: str, *opts):
+        model = small_model(*opts, config=f"dsg/{NAMES[name]}_R_18_FPN.yaml")
+        for predictor in model.roi_heads.box_predictor:
+            torch.nn.init.normal_(predictor.bbox_pred.weight, std=0.05)
+        return model
+
+    return build
+
+
+@pytest.fixture
+def labelled(inputs):
+    """``inputs`` with semantic maps."""
+    generator = torch.Generator().manual_seed(2)
+    return [{**x, "sem_seg": torch.randint(0, 11, (64, 96), generator=generator)} for x in inputs]
+
+
+def without_objects(batch):
+    return [{**x, "instances": x["instances"][[]]} for x in batch]
+
+
+@pytest.mark.parametrize(
+    ("config", "weights"),
+    [
+        ("cascade_mask_rcnn", CASCADE),
+        ("cascade_dsg", CASCADE + MPN + 6 * FUSION),
+        ("htc", CASCADE + 2 * FLOW + SEMANTIC),
+        ("htc_dsg", CASCADE + SEMANTIC + MPN + 6 * FUSION),
+    ],
+)
+def test_weights(config, weights):
+    cfg = load_config(config_path(f"dsg/{config}_R_50_FPN_20e.yaml"), ["MODEL.DEVICE", "meta"])
+    with torch.device("meta"):
+        model = build_model(cfg)
+    assert sum(p.numel() for p in model.parameters()) == weights
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_trains_and_infers(cascade, labelled, storage, name):
+    model = cascade(name).train()
+    losses = model(labelled)
+    assert all(loss.isfinite() and loss > 0 for loss in losses.values())
+    of_stages = {f"loss_{kind}_stage{t}" for kind in ("cls", "box_reg", "mask") for t in range(3)}
+    others = {"loss_rpn_cls", "loss_rpn_loc"} | ({"loss_mpn"} if "dsg" in name else set())
+    assert set(losses) == of_stages | others | ({"loss_sem_seg"} if "htc" in name else set())
+    sum(losses.values()).backward()
+    assert not [key for key, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    with torch.no_grad():
+        for output in model.eval()(labelled):
+            found = output["instances"]
+            assert len(found) == 9 and set(found.get_fields()) == {"pred_boxes", "scores", "pred_classes", "pred_masks"}
+
+
+DSG_SWITCHES = list(itertools.product([False, True], repeat=3))
+
+
+@pytest.mark.parametrize("on", DSG_SWITCHES, ids=lambda on: "".join("-+"[v] for v in on))
+@pytest.mark.parametrize("flow", [False, True])
+def test_every_setting_of_the_switches_trains_and_infers(cascade, labelled, storage, on, flow):
+    keys = dict(zip(("FUSION_MASK", "SGRA_BOX", "FUSION_BOX"), on, strict=True))
+    model = cascade("htc_dsg", *words(**keys, MASK_FLOW=flow)).train()
+    losses = model(labelled)
+    sum(losses.values()).backward()
+    assert not [key for key, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    with torch.no_grad():
+        assert all(len(output["instances"]) == 9 for output in model.eval()(labelled))
+
+
+def test_each_switch_changes_the_result(cascade, labelled):
+    full = cascade("htc_dsg", *words(MASK_FLOW=True)).state_dict()
+
+    def results(**on):
+        model = cascade("htc_dsg", *words(**{**OFF, "INTERLEAVED": True, **on}))
+        model.load_state_dict(full, strict=False)
+        with torch.no_grad():
+            return model.inference(labelled, do_postprocess=False)[0]
+
+    plain = results()
+    for key in ("SGRA_BOX", "FUSION_BOX", "SEMANTIC"):
+        assert not torch.allclose(results(**{key: True}).scores, plain.scores, atol=1e-4), key
+    for key in ("FUSION_MASK", "MASK_FLOW"):
+        found = results(**{key: True})
+        assert torch.equal(found.scores, plain.scores) and not torch.allclose(found.pred_masks, plain.pred_masks), key
+
+
+@pytest.mark.parametrize("name", ["htc", "htc_dsg"])
+def test_without_switches_it_is_the_base_bit_by_bit(cascade, labelled, storage, name):
+    """On the same weights, losses, gradients and detections."""
+    models = {"base": cascade("base"), name: cascade(name, *words(**OFF))}
+    missing, unexpected = models[name].load_state_dict(models["base"].state_dict(), strict=False)
+    assert not unexpected and all(key.startswith("proposal_generator.mpn.") for key in missing)
+    losses, detections = {}, {}
+    for key, model in models.items():
+        torch.manual_seed(3)
+        losses[key] = model.train()(labelled)
+        losses[key].pop("loss_mpn", None)
+        sum(losses[key].values()).backward()
+        with torch.no_grad():
+            detections[key] = model.eval().inference(labelled, do_postprocess=False)
+    assert losses[name] == losses["base"]
+    gradients = {key: {n: p.grad for n, p in model.roi_heads.named_parameters()} for key, model in models.items()}
+    assert all(torch.equal(gradients[name][key], gradient) for key, gradient in gradients["base"].items())
+    for found, expected in zip(detections[name], detections["base"], strict=True):
+        for field in ("scores", "pred_classes", "pred_masks"):
+            assert torch.equal(found.get(field), expected.get(field))
+        assert torch.equal(found.pred_boxes.tensor, expected.pred_boxes.tensor)
+
+
+def test_cascade_alone_needs_no_meta_architecture_of_ours(cascade):
+    assert cascade("base", "MODEL.META_ARCHITECTURE", "GeneralizedRCNN").roi_heads.handed_on == ()
+
+
+# Rows
+
+
+def boxes_of(calls) -> list[torch.Tensor]:
+    return [torch.cat([boxes.tensor for boxes in arguments[1]]) for arguments in calls]
+
+
+@pytest.mark.parametrize("objects", [True, False])
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_mask_head_and_next_box_head_see_the_same_rois(cascade, inputs, inputs_of, storage, mode, objects):
+    model = getattr(cascade("dsg"), mode)()
+    seen = [inputs_of(getattr(model.roi_heads, name)) for name in ("box_pooler", "mask_pooler")]
+    with torch.no_grad():
+        model(inputs if objects else without_objects(inputs))
+    box, mask = map(boxes_of, seen)
+    assert len(box) == len(mask) == 3
+    for stage in (0, 1):
+        assert torch.equal(mask[stage], box[stage + 1]) and not torch.equal(box[stage], box[stage + 1])
+
+
+def test_htc_takes_mask_losses_on_rois_of_the_next_box_head(cascade, labelled, inputs_of, storage):
+    model = cascade("htc").train()
+    seen = [inputs_of(getattr(model.roi_heads, name)) for name in ("box_pooler", "mask_pooler")]
+    model(labelled)
+    box, mask = map(boxes_of, seen)
+    for stage in (0, 1):
+        rows = (mask[stage][:, None] == box[stage + 1][None]).all(dim=2)
+        assert len(mask[stage]) and rows.any(dim=1).all()
+
+
+@pytest.mark.parametrize("name", ["base", "htc_dsg"])
+def test_an_empty_box_keeps_its_row_and_carries_no_loss(cascade, labelled, storage, name, monkeypatch):
+    """The first box head moves all boxes of odd rows out of the image."""
+    model = cascade(name).train()
+    heads, counted, refine = model.roi_heads, [], CascadeMaskROIHeads._refine
+
+    def emptying(self, predictions, rois, stage):
+        following = refine(self, predictions, rois, stage)
+        for of_image in following if stage == 0 else ():
+            of_image.proposal_boxes.tensor[1::2] = torch.tensor([96.0, 10, 96, 20])
+        return following
+
+    monkeypatch.setattr(CascadeMaskROIHeads, "_refine", emptying)
+    losses_of = heads.box_predictor[1].losses
+
+    def counting(predictions, rois):
+        counted.append((len(predictions[0]), sum(map(len, rois))))
+        return losses_of(predictions, rois)
+
+    monkeypatch.setattr(heads.box_predictor[1], "losses", counting)
+    seen = []
+    heads.box_pooler.register_forward_pre_hook(lambda _, arguments: seen.append([len(b) for b in arguments[1]]))
+    losses = model(labelled)
+    assert seen[0] == seen[1] == seen[2]
+    assert counted == [(sum((n + 1) // 2 for n in seen[0]),) * 2]
+    assert all(loss.isfinite() for loss in losses.values())
+
+
+def test_boxes_that_are_not_finite_become_empty(cascade):
+    heads = cascade("base").roi_heads
+    rois = [Instances((64, 96), proposal_boxes=Boxes(torch.tensor([[8.0, 8, 40, 40], [8, 8, 40, 40], [80, 8, 90, 40]])))]
+    deltas = torch.tensor([[float("nan"), 0, 0, 0], [0, 0, 0, 0], [100.0, 0, 0, 0]])
+    following = heads._refine((torch.zeros(3, 4), deltas), rois, 0)[0].proposal_boxes
+    expected = [[0.0, 0, 0, 0], [8, 8, 40, 40], [96, 8, 96, 40]]
+    torch.testing.assert_close(following.tensor, torch.tensor(expected))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("objects", [False, True])
+def test_no_proposals_and_no_objects(cascade, labelled, storage, name, objects):
+    model = cascade(name).train()
+    model.proposal_generator.post_nms_topk = {True: 0, False: 0}
+    losses = model(labelled if objects else without_objects(labelled))
+    assert all(loss.isfinite() and loss.requires_grad for loss in losses.values())
+    assert all((losses[f"loss_mask_stage{t}"] > 0) == objects for t in (0,))
+    sum(losses.values()).backward()
+    assert not [key for key, p in model.roi_heads.named_parameters() if p.grad is None]
+    with torch.no_grad():
+        for output in model.eval()(labelled):
+            assert len(output["instances"]) == 0 and output["instances"].pred_masks.shape == (0, 64, 96)
+
+
+def test_no_foreground_at_a_later_stage_only(cascade, inputs, storage, monkeypatch):
+    model, refine = cascade("dsg").train(), CascadeMaskROIHeads._refine
+
+    def away(self, predictions, rois, stage):
+        following = refine(self, predictions, rois, stage)
+        for of_image in following:
+            of_image.proposal_boxes.tensor[:] = torch.tensor([90.0, 0, 96, 4])
+        return following
+
+    monkeypatch.setattr(CascadeMaskROIHeads, "_refine", away)
+    losses = model(inputs)
+    assert losses["loss_mpn"] > 0 and losses["loss_box_reg_stage0"] > 0
+    assert [losses[f"loss_mask_stage{t}"] for t in range(3)] == [0, 0, 0] and losses["loss_box_reg_stage1"] == 0
+    sum(losses.values()).backward()
+    assert not [key for key, p in model.roi_heads.named_parameters() if p.grad is None]
+
+
+# Labels and losses
+
+
+def test_labels_by_the_stage_and_masks_by_one_half(cascade, inputs):
+    """IoU with the object [0, 100)^2 cropped to ten wide strips: w / 100."""
+    heads = cascade("base").roi_heads
+    truth = Instances((100, 100), gt_boxes=Boxes(torch.tensor([[0.0, 0, 100, 100]])), gt_classes=torch.tensor([2]))
+    rois = [Instances((100, 100), proposal_boxes=Boxes(torch.tensor([[0.0, 0, w, 100] for w in (45, 55, 65, 75)])))]
+    expected = {0: [3, 2, 2, 2], 1: [3, 3, 2, 2], 2: [3, 3, 3, 2]}
+    for stage, classes in expected.items():
+        heads._match(rois, [truth], stage)
+        assert rois[0].gt_classes.tolist() == classes and rois[0].gt_mask_classes.tolist() == [3, 2, 2, 2]
+        assert torch.equal(rois[0].gt_boxes.tensor, truth.gt_boxes.tensor.repeat(4, 1))
+
+
+def test_masks_follow_the_matching(cascade, inputs, storage):
+    """A RoI that moves from one object to the other is trained on the other one's mask."""
+    heads, objects = cascade("base").roi_heads, inputs[0]["instances"]
+    for row in (0, 1):
+        rois = [Instances((64, 96), proposal_boxes=objects.gt_boxes[[row]])]
+        heads._match(rois, [objects], stage=1)
+        target = objects.gt_masks[[row]].crop_and_resize(rois[0].proposal_boxes.tensor, 28)
+        logits = torch.zeros(1, 3, 28, 28)
+        logits[0, objects.gt_classes[row]] = 20.0 * target[0].float() - 10
+        assert mask_loss(logits, rois, [objects]) < 1e-4
+        assert mask_loss(-logits, rois, [objects]) > 9
+
+
+def test_mask_loss_is_detectron2s(inputs, storage):
+    objects = inputs[0]["instances"]
+    rois = Instances((64, 96), proposal_boxes=Boxes(torch.tensor([[5.0, 8, 44, 52], [30, 18, 82, 62], [6, 9, 41, 50]])))
+    rois.gt_mask_classes, rois.gt_matches = torch.tensor([0, 2, 0]), torch.tensor([0, 1, 0])
+    logits = torch.randn(3, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    of_detectron2 = Instances((64, 96), proposal_boxes=rois.proposal_boxes, gt_classes=rois.gt_mask_classes)
+    of_detectron2.gt_masks = objects.gt_masks[torch.tensor([0, 1, 0])]
+    assert mask_loss(logits, [rois], [objects]) == mask_rcnn_loss(logits, [of_detectron2])
+
+
+def test_stage_weights(cascade, inputs, storage):
+    model = cascade("base").train()
+
+    def losses(weights):
+        model.roi_heads.stage_weights = weights
+        torch.manual_seed(0)
+        return model(inputs)
+
+    plain, weighted = losses((1.0, 1.0, 1.0)), losses((1.0, 0.5, 0.25))
+    for kind, (stage, weight) in itertools.product(("cls", "box_reg", "mask"), enumerate((1, 0.5, 0.25))):
+        name = f"loss_{kind}_stage{stage}"
+        assert weighted[name] == weight * plain[name] > 0
+    assert load_config(config_path("dsg/htc_R_50_FPN_20e.yaml")).MODEL.DSG.STAGE_WEIGHTS == [1, 0.5, 0.25]
+
+
+def test_scores_come_from_the_mean_of_the_logits(cascade, inputs, monkeypatch):
+    model, logits = cascade("base"), []
+    for predictor in model.roi_heads.box_predictor:
+        predictor.register_forward_hook(lambda _, arguments, output: logits.append(output[0]))
+    seen = {}
+    last = model.roi_heads.box_predictor[-1]
+    of_last = last.predict_probs
+    monkeypatch.setattr(last, "predict_probs", lambda *arguments: seen.setdefault("probs", of_last(*arguments)))
+    with torch.no_grad():
+        model(inputs)
+    expected = (sum(logits) / 3).softmax(dim=1)
+    torch.testing.assert_close(torch.cat(list(seen["probs"])), expected)
+
+
+def test_masks_are_the_mean_of_the_heads_probabilities(cascade, inputs):
+    model, logits = cascade("base"), []
+    for head in model.roi_heads.mask_head:
+        head.predictor.register_forward_hook(lambda _, arguments, output: logits.append(output))
+    with torch.no_grad():
+        found = model.inference(inputs, do_postprocess=False)
+    assert len(logits) == 3
+    classes = torch.cat([f.pred_classes for f in found])
+    expected = sum(x.sigmoid() for x in logits)[torch.arange(len(classes)), classes] / 3
+    torch.testing.assert_close(torch.cat([f.pred_masks[:, 0] for f in found]), expected)
+
+
+def test_channel_of_class():
+    values = torch.arange(24.0).reshape(3, 2, 2, 2)
+    assert torch.equal(channel_of_class(values, torch.tensor([1, 0, 1])), values[[0, 1, 2], [1, 0, 1]][:, None])
+    assert torch.equal(channel_of_class(values[:, :1], torch.tensor([5, 6, 7])), values[:, :1])
+
+
+# Eq. 3
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("agnostic", [False, True])
+def test_equation_3(cascade, inputs, inputs_of, storage, mode, agnostic):
+    """What the mask head of stage 1 and the box head of stage 2 see, against the equation written out for one level."""
+    opts = ["MODEL.ROI_HEADS.IN_FEATURES", ["p3"], "MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK", agnostic]
+    model = getattr(cascade("dsg", *opts), mode)()
+    heads = model.roi_heads
+    mask_inputs = inputs_of(heads.mask_head[0].mask_fcn1)
+    pooled = inputs_of(heads.box_pooler)
+    guided, fused = inputs_of(heads.box_head[1]), inputs_of(heads.box_fusions[0])
+    scores = []
+    heads.box_predictor[0].register_forward_hook(lambda _, arguments, output: scores.append(output[0]))
+    with torch.no_grad():
+        model(inputs)
+    features = pooled[1][0][0]
+    boxes = pooled[1][1]
+    rois = torch.cat([torch.cat([torch.full((len(b), 1), float(i)), b.tensor], dim=1) for i, b in enumerate(boxes)])
+    f_0 = fused[0][1]  # w_b^1 sees F_^0
+
+    f_m = sg_roi_align(features, rois, None, 14, 1 / 8, 0) + heads.mask_fusions[0].conv(f_0)
+    torch.testing.assert_close(mask_inputs[0][0], f_m, rtol=1e-4, atol=1e-4)
+    logits, f_1 = logits_and_features(heads.mask_head[0], f_m)
+    best = scores[0][:, :-1].argmax(dim=1)
+    m_1 = (logits if agnostic else logits[torch.arange(len(logits)), best][:, None]).sigmoid()
+    f_b = sg_roi_align(features, rois, m_1, 7, 1 / 8, 0) + heads.box_fusions[1].conv(f_1)
+    torch.testing.assert_close(guided[0][0], f_b, rtol=1e-4, atol=1e-4)
+
+
+def test_detections_fuse_the_features_of_their_own_proposals(cascade, inputs, inputs_of):
+    """The first mask head fuses F_^0 of the source proposal, the others what the head before made of the same box."""
+    model = cascade("dsg", *words(SGRA_BOX=False, FUSION_BOX=False))
+    first, second = (inputs_of(model.roi_heads.mask_fusions[t]) for t in (0, 1))
+    own = []
+    model.roi_heads.mask_head[0].mask_fcn2.register_forward_hook(lambda _, arguments, output: own.append(output))
+    found = []
+    model.proposal_generator.register_forward_hook(lambda _, arguments, output: found.extend(output[0]))
+    with torch.no_grad():
+        model(inputs)
+    of_proposals = torch.cat([p.proposal_mask_features for p in found])
+    rows = [torch.nonzero((of_proposals == maps).all(dim=(1, 2, 3))) for maps in first[-1][1]]
+    assert len(rows) == 18 and all(len(row) == 1 for row in rows)
+    assert torch.equal(second[-1][1], own[-1])
+
+
+def test_shuffled_proposals_give_the_same_detections(cascade, inputs):
+    model = cascade("dsg")
+    images = model.preprocess_image(inputs)
+    with torch.no_grad():
+        features = model.backbone(images.tensor)
+        proposals, _ = model.proposal_generator(images, features)
+        order = torch.randperm(len(proposals[0]), generator=torch.Generator().manual_seed(0))
+        results = [model.roi_heads(images, features, p)[0][0] for p in (proposals, [proposals[0][order], proposals[1]])]
+    for field in ("scores", "pred_classes", "pred_masks"):
+        torch.testing.assert_close(results[0].get(field), results[1].get(field))
+
+
+def test_chunks_change_nothing(cascade, inputs, monkeypatch):
+    model = cascade("htc_dsg")
+    with torch.no_grad():
+        expected = model.inference(inputs, do_postprocess=False)
+        monkeypatch.setitem(__import__("dsg.mpn").mpn.CHUNK, "cpu", 7)
+        found = model.inference(inputs, do_postprocess=False)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a.pred_boxes.tensor, b.pred_boxes.tensor, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(a.pred_masks, b.pred_masks, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("opts", "reached"), [({}, True), ({"DETACH_PROBS": True}, False)])
+def test_box_loss_of_a_stage_reaches_the_mask_head_before_through_its_masks(cascade, inputs, storage, opts, reached):
+    model = cascade("dsg", *words(FUSION_BOX=False, **opts)).train()
+    model(inputs)["loss_cls_stage1"].backward()
+    gradient = model.roi_heads.mask_head[0].predictor.weight.grad
+    assert (gradient is not None and bool(gradient.any())) == reached
+
+
+def test_boxes_have_no_gradient(cascade, inputs, storage):
+    model = cascade("dsg").train()
+    model(inputs)["loss_box_reg_stage1"].backward()
+    gradient = model.roi_heads.box_predictor[0].bbox_pred.weight.grad
+    assert gradient is None or not gradient.any()
+
+
+def test_given_boxes_get_masks(cascade, inputs):
+    """Test-time augmentation: the masks of boxes without proposals, and the detections' own again."""
+    for name in ("base", "dsg", "htc"):
+        model = cascade(name, "MODEL.META_ARCHITECTURE", "DSGRCNN")
+        with torch.no_grad():
+            found = model.inference(inputs, do_postprocess=False)
+            expected = [f.pred_masks for f in found]
+            given = [Instances((64, 96), pred_boxes=f.pred_boxes, pred_classes=f.pred_classes) for f in found]
+            again = model.inference(inputs, given, do_postprocess=False)
+        assert [g.pred_masks.shape for g in again] == [e.shape for e in expected]
+        if name != "dsg":  # the boxes are the same, but F_^0 is that of the proposal there
+            torch.testing.assert_close(again[0].pred_masks, expected[0])
+
+
+# HTC
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_mask_information_flow(cascade, inputs, inputs_of, storage, mode):
+    """The third mask head sees x + g_2(f_2(x + g_1(f_1(x))))."""
+    model = getattr(cascade("htc", *words(SEMANTIC=False)), mode)()
+    heads = model.roi_heads
+    seen, pooled = inputs_of(heads.mask_head[2].mask_fcn1), []
+    heads.mask_pooler.register_forward_hook(lambda _, arguments, output: pooled.append(output))
+    with torch.no_grad():
+        model(inputs)
+        x = pooled[-1]
+        f_1 = features_of(heads.mask_head[0], x)
+        f_2 = features_of(heads.mask_head[1], x + heads.flows[0](f_1))
+        torch.testing.assert_close(seen[-1][0], x + heads.flows[1](f_2))
+    assert (heads.flows[0](f_1) >= 0).all()
+
+
+def test_both_flows_are_added(cascade, inputs, inputs_of):
+    model = cascade("htc_dsg", *words(MASK_FLOW=True, SEMANTIC=False))
+    heads = model.roi_heads
+    seen, fused, pooled = inputs_of(heads.mask_head[1].mask_fcn1), inputs_of(heads.mask_fusions[1]), []
+    heads.mask_pooler.register_forward_hook(lambda _, arguments, output: pooled.append(output))
+    with torch.no_grad():
+        model(inputs)
+        x, previous = pooled[-1], fused[-1][1]
+        expected = x + heads.flows[0](features_of(heads.mask_head[0], x)) + heads.mask_fusions[1].conv(previous)
+    calls = [arguments[0] for arguments in seen if len(arguments[0]) == len(x)]
+    assert any(torch.allclose(call, expected, atol=1e-5) for call in calls)
+
+
+def test_semantic_branch_by_hand():
+    """Two levels of constants and kernels that pass on what they get."""
+    branch = SemanticBranch(in_features=["a", "b"], common=1, channels=1, num_classes=1, ignore_value=255, loss_weight=0.2)
+    for name, parameter in branch.named_parameters():
+        torch.nn.init.zeros_(parameter)
+        if name.endswith("weight"):
+            parameter.data[..., parameter.shape[-2] // 2, parameter.shape[-1] // 2] = 1
+    features = {"a": torch.full((1, 1, 8, 8), 2.0), "b": torch.full((1, 1, 4, 4), 3.0)}
+    logits, embedding = branch(features)
+    assert logits.shape == (1, 2, 4, 4) and (logits == 5).all() and (embedding == 5).all()
+    labels = torch.full((1, 32, 32), 255)
+    assert branch.loss(logits, labels)["loss_sem_seg"] == 0
+    labels[:, :16] = 0
+    torch.testing.assert_close(branch.loss(logits, labels)["loss_sem_seg"], 0.2 * torch.tensor(2.0).log())
+
+
+def test_cells_take_the_class_at_their_middle():
+    branch = SemanticBranch(in_features=["a"], common=0, channels=1, num_classes=2, ignore_value=255, loss_weight=1.0)
+    labels = torch.zeros(1, 16, 16, dtype=torch.int64)
+    labels[:, 4:, 4:] = 1  # the middle of the first cell of 8 x 8 is at 4
+    logits = torch.zeros(1, 3, 2, 2)
+    logits[:, 1] = 50.0
+    assert branch.loss(logits, labels)["loss_sem_seg"] < 1e-6
+
+
+def test_semantic_embedding_is_added_to_boxes_and_masks(cascade, labelled, inputs_of):
+    model = cascade("htc", "MODEL.ROI_HEADS.IN_FEATURES", ["p3"], *words(MASK_FLOW=False))
+    heads = model.roi_heads
+    box, mask = inputs_of(heads.box_head[1]), inputs_of(heads.mask_head[2].mask_fcn1)
+    pooled = {name: [] for name in ("box_pooler", "mask_pooler", "semantic_pooler")}
+    for name, outputs in pooled.items():
+        getattr(heads, name).register_forward_hook(lambda _, arguments, output, outputs=outputs: outputs.append(output))
+    with torch.no_grad():
+        model(labelled)
+    semantic = pooled["semantic_pooler"]
+    assert semantic[1].shape[-1] == 14
+    expected = torch.nn.functional.avg_pool2d(semantic[1], 2) + pooled["box_pooler"][1]
+    torch.testing.assert_close(box[0][0], expected)
+    torch.testing.assert_close(mask[0][0], semantic[-1] + pooled["mask_pooler"][-1])
+
+
+def test_padding_and_unlabelled_pixels_are_ignored(cascade, labelled, storage):
+    model = cascade("htc").train()
+    small = {**labelled[0], "image": labelled[0]["image"][:, :40, :50], "sem_seg": labelled[0]["sem_seg"][:40, :50]}
+    small["instances"] = Instances((40, 50), **labelled[1]["instances"].get_fields())
+    small["instances"].gt_masks = BitMasks(torch.zeros(0, 40, 50, dtype=torch.bool))
+    images = model.preprocess_image([small, labelled[1]])
+    labels = model._labels([small, labelled[1]], images)
+    assert labels.shape == images.tensor.shape[:1] + images.tensor.shape[-2:]
+    assert torch.equal(labels[0, :40, :50], small["sem_seg"])
+    assert (labels[0, 40:] == 255).all() and (labels[0, :, 50:] == 255).all()
+    unlabelled = [{**x, "sem_seg": torch.full((64, 96), 255)} for x in labelled]
+    assert model(unlabelled)["loss_sem_seg"] == 0
+
+
+def test_no_stuff_maps(cascade, inputs, storage):
+    with pytest.raises(DataError, match=r"coco/stuffthingmaps/train2017/.*prepare_shapes.py"):
+        cascade("htc").train()(inputs)
+    with torch.no_grad():
+        assert len(cascade("htc")(inputs)) == 2  # inference needs none
+
+
+@pytest.mark.parametrize(
+    ("name", "opts", "message"),
+    [
+        ("dsg", words(INTERLEAVED=False), "set MODEL.DSG.INTERLEAVED True"),
+        ("dsg", words(SGRA_MASK=True), "SGRA_MASK False"),
+        ("dsg", ["MODEL.PROPOSAL_GENERATOR.NAME", "RPN"], "'MaskRPN'"),
+        ("base", words(STAGE_WEIGHTS=[1.0, 0.5]), "each of the 3 stages"),
+        ("base", ["MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", False], "CLS_AGNOSTIC_BBOX_REG True, found False"),
+        ("base", ["MODEL.ROI_MASK_HEAD.NAME", "MaskPlusHead"], "NAME MaskRCNNConvUpsampleHead, found MaskPlusHead"),
+        ("base", ["MODEL.MASK_ON", False], "MASK_ON True, found False"),
+        ("htc", ["MODEL.SEM_SEG_HEAD.COMMON_STRIDE", 7], "COMMON_STRIDE is 7"),
+    ],
+)
+def test_settings_that_contradict_each_other(cascade, name, opts, message):
+    with pytest.raises(ConfigError, match=message):
+        cascade(name, *opts)
