@@ -1,11 +1,13 @@
 """The operators' demands on their arguments; what only the values can tell (batch indices) is checked where they are read."""
 
 import math
+from numbers import Real
 
 import torch
 from torch import Tensor
 
 MOST_POINTS = 1024  # per bin and axis, as the kernels allow
+MOST_BINS = 2**15  # per side: far below what overflows a count of numbers
 
 
 def sum_dtype(features: Tensor) -> torch.dtype:
@@ -57,9 +59,11 @@ def check_pool_arguments(
             f"prob must be (R, 1, Hp, Wp) with R = {rois.shape[0]} as in rois and Hp, Wp > 0, got {tuple(prob.shape)}"
         )
     size = list(output_size) if isinstance(output_size, tuple | list) else [output_size] * 2
-    if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
-        raise ValueError(f"output_size must be a positive int or two of them (rows, columns), got {output_size!r}")
-    if not (math.isfinite(spatial_scale) and spatial_scale > 0):
+    if len(size) != 2 or not all(isinstance(side, int) and 0 < side <= MOST_BINS for side in size):
+        raise ValueError(
+            f"output_size must be a positive int or two of them (rows, columns), at most {MOST_BINS} each, got {output_size!r}"
+        )
+    if not (isinstance(spatial_scale, Real) and math.isfinite(spatial_scale) and spatial_scale > 0):
         raise ValueError(f"spatial_scale must be a positive number (feature pixels per image pixel), got {spatial_scale!r}")
     if not isinstance(sampling_ratio, int) or sampling_ratio > MOST_POINTS:
         raise ValueError(f"sampling_ratio must be an int of at most {MOST_POINTS}, got {sampling_ratio!r}")

@@ -48,6 +48,9 @@ PROB = torch.ones(2, 1, 4, 4)
         ({"size": 2.5}, ValueError, r"output_size.*got 2.5"),
         ({"scale": 0.0}, ValueError, r"spatial_scale must be a positive number.*got 0.0"),
         ({"scale": math.nan}, ValueError, r"spatial_scale must be a positive number.*got nan"),
+        ({"scale": "a"}, ValueError, r"spatial_scale must be a positive number.*got 'a'"),
+        ({"scale": None}, ValueError, r"spatial_scale must be a positive number.*got None"),
+        ({"size": 10**10}, ValueError, r"output_size.*at most 32768 each, got 10000000000"),
     ],
 )
 def test_wrong_arguments_are_named(implementation, operator, change, error, message):
@@ -64,17 +67,30 @@ def test_wrong_sampling_ratios_are_named(implementation, ratio):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("sampling_ratio", [0, 2])
-def test_a_pixel_that_is_not_finite_harms_only_the_rois_that_read_it(implementation, value, sampling_ratio):
-    features = torch.ones(1, 2, 24, 24)
+def test_a_pixel_that_is_not_finite_harms_only_the_rois_that_read_it(implementation, device, value, sampling_ratio):
+    features = torch.ones(1, 2, 24, 24, device=device)
     features[..., 0, 0] = features[..., -1, -1] = value
-    rois = torch.tensor([[0, 8.0, 8, 14, 14], [0, 15, -9, 31, 9], [0, math.nan, 1, 2, 3]])
-    prob = torch.zeros(3, 1, 4, 4, requires_grad=True)
+    rois = torch.tensor([[0, 8.0, 8, 14, 14], [0, 15, -9, 31, 9], [0, math.nan, 1, 2, 3]], device=device)
+    prob = torch.zeros(3, 1, 4, 4, device=device, requires_grad=True)
     boxes = rois.clone().requires_grad_()
     guided = sg_roi_align(features, rois, prob, 3, 1.0, sampling_ratio)
     pooled = prroi_pool(features, boxes, 3, 1.0)
     assert guided.isfinite().all() and pooled.isfinite().all() and not guided[2].any() and not pooled[2].any()
     assert torch.autograd.grad(guided.sum(), prob)[0].isfinite().all()
     assert torch.autograd.grad(pooled.sum(), boxes)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_pixel_of_weight_0_may_hold_anything(implementation, device, value):
+    """The one point lies on pixel (7, 7), its neighbours have weight 0; the edges of PrRoIPool's bin lie on pixels 5 and 7."""
+    features = torch.ones(1, 3, 12, 12, device=device)
+    features[..., 8:, 8:] = value
+    prob = torch.zeros(1, 1, 4, 4, device=device, requires_grad=True)
+    output = sg_roi_align(features, torch.tensor([[0, 7.0, 7, 8, 8]], device=device), prob, 1, 1.0, 1)
+    assert (output == 1).all() and torch.autograd.grad(output.sum(), prob)[0].sum() == 3  # by p, a value of 1 per channel
+    boxes = torch.tensor([[0, 5.0, 5, 7, 7]], device=device, requires_grad=True)
+    output = prroi_pool(features, boxes, 1, 1.0)
+    assert (output == 1).all() and torch.autograd.grad(output.sum(), boxes)[0].abs().max() < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -136,34 +152,38 @@ def test_direct_calls_of_the_operators_are_safe(compiled):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 3e38])
 @pytest.mark.parametrize("sampling_ratio", [0, 2])
-def test_boxes_that_are_not_finite_give_zeros(implementation, value, sampling_ratio):
+def test_boxes_that_are_not_finite_give_zeros(implementation, device, value, sampling_ratio):
     """A box with such a coordinate gives zeros and takes no part in gradients; its neighbours are as without it."""
-    features, prob = FEATURES.clone().requires_grad_(), PROB.clone().requires_grad_()
+    features, prob = (tensor.to(device, copy=True).requires_grad_() for tensor in (FEATURES, PROB))
+    usual = ROIS.to(device)
     for side in range(1, 5):
-        rois = ROIS.clone()
+        rois = usual.clone()
         rois[0, side] = value
         if value == 3e38:
             rois[0, 5 - side] = -value  # the width or the height overflows
         output = sg_roi_align(features, rois, prob, 2, 1.0, sampling_ratio)
         assert (output[0] == 0).all()
-        assert torch.equal(output[1:], sg_roi_align(features, ROIS[1:], prob[1:], 2, 1.0, sampling_ratio))
+        assert torch.equal(output[1:], sg_roi_align(features, usual[1:], prob[1:], 2, 1.0, sampling_ratio))
         grads = torch.autograd.grad(output.sum(), (features, prob))
         assert all(grad.isfinite().all() for grad in grads) and (grads[1][0] == 0).all()
 
         boxes = rois.clone().requires_grad_()
         output = prroi_pool(features, boxes, 2, 1.0)
-        assert (output[0] == 0).all() and torch.equal(output[1:], prroi_pool(features, ROIS[1:], 2, 1.0))
+        assert (output[0] == 0).all() and torch.equal(output[1:], prroi_pool(features, usual[1:], 2, 1.0))
         grads = torch.autograd.grad(output.sum(), (features, boxes))
         assert all(grad.isfinite().all() for grad in grads) and (grads[1][0] == 0).all()
 
 
-def test_no_rois(implementation, operator):
+def test_no_rois(implementation, device):
     """An empty output that is still part of the graph."""
-    features = FEATURES.clone().requires_grad_()
-    prob = torch.ones(0, 1, 4, 4, requires_grad=True)
-    output = pool(operator, features, torch.zeros(0, 5), prob if operator is sg_roi_align else None, size=(2, 4))
-    assert output.shape == (0, 3, 2, 4) and output.requires_grad
-    assert (torch.autograd.grad(output.sum(), features)[0] == 0).all()
+    features = FEATURES.to(device, copy=True).requires_grad_()
+    prob = torch.ones(0, 1, 4, 4, device=device, requires_grad=True)
+    boxes = torch.zeros(0, 5, device=device, requires_grad=True)
+    guided, pooled = sg_roi_align(features, boxes.detach(), prob, (2, 4), 0.5, 2), prroi_pool(features, boxes, (2, 4), 0.5)
+    for output, other in [(guided, prob), (pooled, boxes)]:
+        assert output.shape == (0, 3, 2, 4) and output.requires_grad
+        grads = torch.autograd.grad(output.sum(), (features, other))
+        assert (grads[0] == 0).all() and grads[1].shape == other.shape
 
 
 def test_no_channels_and_no_images(implementation, operator):
@@ -211,13 +231,13 @@ coordinate = st.one_of(
 )
 @settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_box_has_a_defined_result(
-    implementation, boxes, indices, shape, output_size, sampling_ratio, aligned, scale, dtype
+    implementation, device, boxes, indices, shape, output_size, sampling_ratio, aligned, scale, dtype
 ):
     """On a map of ones every value lies in [0, 1] (RoIAlign) and gradients are finite, whatever the boxes are."""
-    rois = torch.tensor([(index, *box) for index, box in zip(indices, boxes, strict=False)]).reshape(-1, 5)
+    rois = torch.tensor([(index, *box) for index, box in zip(indices, boxes, strict=False)]).reshape(-1, 5).to(device)
     for layout in (torch.contiguous_format, torch.channels_last):
-        features = torch.ones(shape, dtype=dtype).contiguous(memory_format=layout).requires_grad_()
-        prob = torch.zeros(len(rois), 1, 3, 3, dtype=dtype, requires_grad=True)
+        features = torch.ones(shape, dtype=dtype, device=device).contiguous(memory_format=layout).requires_grad_()
+        prob = torch.zeros(len(rois), 1, 3, 3, dtype=dtype, device=device, requires_grad=True)
         output = sg_roi_align(features, rois, prob, output_size, scale, sampling_ratio, aligned)
         assert output.shape == (len(rois), shape[1], *output_size)
         assert ((output >= 0) & (output <= 1.001)).all()
@@ -231,24 +251,48 @@ def test_any_box_has_a_defined_result(
 
 
 @given(data=st.data())
-@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_tensors_are_taken_or_refused(implementation, data):
-    """Random shapes, types, devices and sizes: a result of the right shape, or one of the announced errors."""
+    """Up to two arguments of random shapes, types, devices and values: a result where all are valid, else a named error."""
+    names = ["features", "rois", "prob", "size", "scale"]
+    odd = data.draw(st.sets(st.sampled_from(names), max_size=2))
 
-    def tensor(usual, size):
-        shape = data.draw(st.one_of(st.just(usual), st.lists(st.integers(0, 3), max_size=5)))
-        dtypes = [torch.float32, torch.float32, torch.float64, torch.float16, torch.int64, torch.bool, torch.complex64]
-        made = torch.full(tuple(shape), size).to(data.draw(st.sampled_from(dtypes)))
-        return made.to(data.draw(st.sampled_from(["cpu", "cpu", "cpu", "meta"])))
+    def draw(name, usual, strategy):
+        return data.draw(strategy, label=name) if name in odd else usual
 
-    features, rois = tensor((2, 3, 4, 5), 1.0), tensor((3, 5), 1.0)
+    def tensor(name, shape, value):
+        shape = draw(name, shape, st.one_of(st.just(shape), st.lists(st.integers(0, 3), max_size=5)))
+        dtypes = [torch.float32, torch.float64, torch.float16, torch.int64, torch.bool, torch.complex64]
+        made = torch.full(tuple(shape), value).to(draw(name, torch.float32, st.sampled_from(dtypes)))
+        return made.to(draw(name, "cpu", st.sampled_from(["cpu", "cpu", "cpu", "meta"])))
+
+    features, rois = tensor("features", (2, 3, 4, 5), 1.0), tensor("rois", (3, 5), 1.0)
     assume(implementation == "compiled" or not features.is_meta)  # the fallback reads values, which meta tensors lack
-    prob = data.draw(st.sampled_from([None, tensor((3, 1, 2, 2), 0.5)]))
-    size = data.draw(st.one_of(st.integers(-1, 3), st.tuples(st.integers(0, 2), st.integers(1, 2)), st.just("7")))
-    scale = data.draw(st.sampled_from([1.0, 0.25, 0.0, -1.0, math.inf]))
+    prob = data.draw(st.sampled_from([None, tensor("prob", (3, 1, 2, 2), 0.5)]))
+    sizes = st.one_of(st.integers(-1, 3), st.tuples(st.integers(0, 2), st.integers(1, 2)), st.sampled_from(["7", 2.0, 10**9]))
+    size = draw("size", 2, sizes)
+    scale = draw("scale", 0.5, st.sampled_from([1.0, 0.25, 1, 0.0, -1.0, math.inf, "1", None]))
+
+    def fits(tensor):
+        """Whether type and device agree with the features'."""
+        return tensor.dtype in (features.dtype, torch.float32) and tensor.device == features.device
+
+    floating = features.dtype in (torch.float64, torch.float32, torch.float16)
+    sides = size if isinstance(size, tuple) else (size, size)
+    valid = (
+        (floating and features.dim() == 4 and 0 not in features.shape[2:])
+        and (fits(rois) and rois.dim() == 2 and rois.shape[1] == 5)
+        and (features.is_meta or len(rois) == 0 or len(features) > 1)  # all RoIs lie in image 1
+        and all(isinstance(side, int) and 0 < side < 10**9 for side in sides)
+        and scale in (0.25, 0.5, 1.0)
+    )
+    prob_valid = prob is None or (
+        fits(prob) and prob.dim() == 4 and prob.shape[:2] == (*rois.shape[:1], 1) and 0 not in prob.shape[2:]
+    )
     for operator in (sg_roi_align, prroi_pool):
-        try:
+        if valid and (prob_valid or operator is prroi_pool):
             output = pool(operator, features, rois, prob, size, scale)
-        except (TypeError, ValueError, IndexError):
-            continue
-        assert output.shape[:2] == (rois.shape[0], features.shape[1]) and output.dtype == features.dtype
+            assert output.shape == (len(rois), features.shape[1], *sides) and output.dtype == features.dtype
+        else:
+            with pytest.raises((TypeError, ValueError, IndexError)):
+                pool(operator, features, rois, prob, size, scale)

@@ -3,7 +3,7 @@ implementations."""
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from projects.layers import PrRoIPool, prroi_pool, reference
@@ -110,9 +110,9 @@ def test_gradient_of_edges_on_pixel_centres(implementation):
 
 
 @pytest.mark.parametrize("box", [(3.0, 3.0, 3.0, 7.0), (8.0, 3.0, 4.0, 7.0), (3.0, 7.0, 5.0, 7.0), (3.0, 8.0, 2.0, 2.0)])
-def test_boxes_without_area_give_zeros_and_zero_gradients(implementation, box):
-    features = torch.randn(1, 2, 9, 9, requires_grad=True)
-    rois = torch.tensor([[0.0, *box]], requires_grad=True)
+def test_boxes_without_area_give_zeros_and_zero_gradients(implementation, device, box):
+    features = torch.randn(1, 2, 9, 9, device=device, requires_grad=True)
+    rois = torch.tensor([[0.0, *box]], device=device, requires_grad=True)
     output = prroi_pool(features, rois, 3, 1.0)
     assert (output == 0).all()
     assert all((grad == 0).all() for grad in torch.autograd.grad(output.sum(), (features, rois)))
@@ -124,20 +124,14 @@ def test_boxes_without_area_give_zeros_and_zero_gradients(implementation, box):
     output_size=st.tuples(st.integers(1, 6), st.integers(1, 6)),
     aligned=st.booleans(),
     dtype=st.sampled_from(list(TOLERANCE)),
-    channels_last=st.booleans(),
+    layout=st.sampled_from(["nchw", "channels_last", "slice", "channels_last slice", "expanded", "transposed"]),
     seed=st.integers(0, 10**6),
 )
-@settings(max_examples=80, deadline=None, derandomize=True)
-def test_compiled_equals_reference(shape, count, output_size, aligned, dtype, channels_last, seed):
-    from projects.layers import extension
-
-    if not extension.DEVICES:
-        pytest.skip(f"needs the compiled operators: {extension.BUILD_COMMAND}")
+@settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_compiled_equals_reference(compiled, device, arrange, shape, count, output_size, aligned, dtype, layout, seed):
     generator = torch.Generator().manual_seed(seed)
     images, channels, height, width = shape
     features = torch.randn(shape, generator=generator).to(dtype)
-    if channels_last:
-        features = features.contiguous(memory_format=torch.channels_last)
     start = (torch.rand(count, 2, generator=generator) * 1.2 - 0.2) * torch.tensor([width, height]) * 4
     size = torch.rand(count, 2, generator=generator) * torch.tensor([width, height]) * 4 + 2
     image = torch.randint(0, images, (count, 1), generator=generator)
@@ -145,9 +139,10 @@ def test_compiled_equals_reference(shape, count, output_size, aligned, dtype, ch
     grad = torch.randn(count, channels, *output_size, generator=generator).to(dtype)
 
     def run(operator, dtype):
-        f, b = features.to(dtype).requires_grad_(), rois.clone().requires_grad_()
+        f = arrange(features.to(device, dtype), layout).requires_grad_()
+        b = rois.to(device, copy=True).requires_grad_()
         output = operator(f, b, list(output_size), 0.25, aligned)
-        return [output, *torch.autograd.grad(output, (f, b), grad.to(dtype))]
+        return [output, *torch.autograd.grad(output, (f, b), grad.to(device, dtype))]
 
     wide = torch.promote_types(dtype, torch.float32)
     for found, expected in zip(run(torch.ops.projects.prroi_pool, dtype), run(reference.prroi_pool, wide), strict=True):

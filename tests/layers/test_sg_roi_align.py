@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torchvision.ops import roi_align
 
@@ -131,34 +131,15 @@ def cases(draw):
         "sampling_ratio": integer(0, 4),
         "aligned": draw(st.booleans()),
         "dtype": draw(st.sampled_from(list(TOLERANCE))),
+        "prob_in_their_type": draw(st.booleans()),
         "layout": draw(st.sampled_from(["nchw", "channels_last", "slice", "channels_last slice", "expanded", "transposed"])),
         "seed": integer(0, 10**6),
     }
 
 
-def arrange(features, layout):
-    """The same numbers in other memory."""
-    if layout == "channels_last":
-        return features.contiguous(memory_format=torch.channels_last)
-    if layout == "slice":
-        return torch.nn.functional.pad(features, (1, 2, 3, 1))[:, :, 3:-1, 1:-2]
-    if layout == "channels_last slice":
-        padded = torch.nn.functional.pad(features, (1, 2, 3, 1)).contiguous(memory_format=torch.channels_last)
-        return padded[:, :, 3:-1, 1:-2]
-    if layout == "expanded":
-        return features[:, :1].expand_as(features)
-    if layout == "transposed":
-        return features.transpose(2, 3).contiguous().transpose(2, 3)
-    return features
-
-
 @given(cases())
-@settings(max_examples=120, deadline=None, derandomize=True)
-def test_compiled_equals_reference(case):
-    from projects.layers import extension
-
-    if not extension.DEVICES:
-        pytest.skip(f"needs the compiled operators: {extension.BUILD_COMMAND}")
+@settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_compiled_equals_reference(compiled, device, arrange, case):
     generator = torch.Generator().manual_seed(case["seed"])
     images, channels, height, width = case["shape"]
     features = torch.randn(case["shape"], generator=generator).to(case["dtype"])
@@ -168,15 +149,17 @@ def test_compiled_equals_reference(case):
     rois = torch.cat([image, corners.sort(dim=1).values.flatten(1)], dim=1)  # float32, also for half types
     rois = rois.double() if case["dtype"] == torch.float64 else rois
     prob = None if case["prob"] is None else torch.rand(case["rois"], 1, *case["prob"], generator=generator)
+    if prob is not None and case["prob_in_their_type"]:
+        prob = prob.to(case["dtype"])
     settings = (case["output_size"], 0.25, case["sampling_ratio"], case["aligned"])
     grad = torch.randn(case["rois"], channels, *case["output_size"], generator=generator).to(case["dtype"])
 
     def run(operator, dtype):
-        f = arrange(features.to(dtype), case["layout"]).requires_grad_()
-        p = None if prob is None else prob.clone().requires_grad_()
-        output = operator(f, rois, p, list(settings[0]), *settings[1:])
+        f = arrange(features.to(device, dtype), case["layout"]).requires_grad_()
+        p = None if prob is None else prob.to(device, copy=True).requires_grad_()
+        output = operator(f, rois.to(device), p, list(settings[0]), *settings[1:])
         inputs = [tensor for tensor in (f, p) if tensor is not None]
-        return [output, *torch.autograd.grad(output, inputs, grad.to(dtype))]
+        return [output, *torch.autograd.grad(output, inputs, grad.to(device, dtype))]
 
     # Half types: the reference works on the same numbers in float32, so that only the results are rounded.
     wide = torch.float32 if features.element_size() == 2 else case["dtype"]
@@ -211,14 +194,16 @@ def test_every_half_precision_number_is_read_right(compiled, channels):
     torch.testing.assert_close(output, features, rtol=0, atol=0, equal_nan=True)
 
 
-def test_a_huge_box_costs_no_more_than_the_map(implementation):
+def test_a_huge_box_costs_no_more_than_the_map(implementation, device):
     """One point per feature pixel would be 10^16 points; those off the map are never visited."""
-    features = torch.ones(1, 2, 20, 30)
-    rois = torch.tensor([[0.0, -1e8, -1e8, 1e8, 1e8], [0.0, -5e5, 0.0, 5e5, 20.0]])
+    features = torch.ones(1, 2, 20, 30, device=device, requires_grad=True)
+    rois = torch.tensor([[0.0, -1e8, -1e8, 1e8, 1e8], [0.0, -5e5, 0.0, 5e5, 20.0]], device=device)
     output = sg_roi_align(features, rois, None, 7, 1.0, 0)
     # In the second, 30 columns of ones (and half a pixel of border on each side) in the middle bin of 1e6 / 7 columns.
-    assert torch.allclose(output[1, :, :, 3], torch.tensor(31.0 / (1e6 / 7)), rtol=0.04)
+    torch.testing.assert_close(output[1, :, :, 3], torch.full_like(output[1, :, :, 3], 31.0 / (1e6 / 7)), rtol=0.04, atol=0)
     assert (output[1, :, :, :3] == 0).all() and (output[0] <= 1e-6).all()
+    grad = torch.autograd.grad(output[1, 0].sum(), features)[0]  # of a map of ones, linear: the sum is the output's
+    torch.testing.assert_close(grad.sum(), output[1, 0].sum())
 
 
 def test_module(implementation, make_rois):

@@ -74,6 +74,9 @@ C10_HOST_DEVICE inline Neighbours<T> neighbours(T x, int64_t size) {
     return {size - 1, size - 1, T(1), T(0)};
   }
   const T share = x - static_cast<T>(low);
+  if (share == T(0)) {  // a pixel without a share is not named: it may hold NaN
+    return {low, low, T(1), T(0)};
+  }
   return {low, low + 1, T(1) - share, share};
 }
 

@@ -132,11 +132,11 @@ at::Tensor pool_grad_features(
   scalar_t* output_data = output.mutable_data_ptr<scalar_t>();
   const Footprint read = footprint(rois, images, args.height, make_window);
   const int64_t blocks = (channels + block - 1) / block;
+  const int64_t tasks = images * blocks, threads = std::min<int64_t>(at::get_num_threads(), tasks);
   // A block of sums per thread, allocated here: what the threads allocate stays in pools of theirs.
   const int64_t sums_size = read.most_pixels() * block;
-  const at::Tensor all_sums =
-      at::empty({at::get_num_threads(), sums_size}, grad.options().dtype(c10::CppTypeToScalarType<T>::value));
-  at::parallel_for(0, images * blocks, 1, [&](int64_t begin, int64_t end) {
+  const at::Tensor all_sums = at::empty({threads, sums_size}, grad.options().dtype(c10::CppTypeToScalarType<T>::value));
+  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
     T* sums = all_sums.mutable_data_ptr<T>() + at::get_thread_num() * sums_size;
     std::vector<T> bins(count * block);
     std::vector<int64_t> rows(args.height);

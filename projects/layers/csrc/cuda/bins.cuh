@@ -1,5 +1,5 @@
 // The pixels under one bin of one RoI and their weights, on the GPU: a list of `count()` taps that the lanes of a warp work
-// out in parallel. A tap with weight 0 is not read.
+// out in parallel. A tap without a share in the bin adds nothing to values and gradients, whatever its pixel holds.
 //
 // `add_gradient(t, by_weight)` is called by all 32 lanes at once, with the derivative of the loss by the weight of tap t, and
 // 0 from lanes beyond the last tap.

@@ -58,14 +58,16 @@ at::Tensor with_channels_last(const at::Tensor& features) {
   if (features.size(1) == 1 || features.stride(1) == 1) {
     return features;
   }
-  const at::Tensor planes = features.contiguous();
-  at::Tensor copy = at::empty_like(planes, planes.options().memory_format(at::MemoryFormat::ChannelsLast));
+  if (!features.is_contiguous()) {
+    return features.contiguous(at::MemoryFormat::ChannelsLast);
+  }
+  at::Tensor copy = at::empty_like(features, features.options().memory_format(at::MemoryFormat::ChannelsLast));
   transpose(
       copy.mutable_data_ptr<scalar_t>(),
-      planes.const_data_ptr<scalar_t>(),
-      planes.size(0),
-      planes.size(1),
-      planes.size(2) * planes.size(3));
+      features.const_data_ptr<scalar_t>(),
+      features.size(0),
+      features.size(1),
+      features.size(2) * features.size(3));
   return copy;
 }
 
