@@ -20,6 +20,8 @@ from pycocotools import mask as mask_util
 from pycocotools.cocoeval import COCOeval
 from tabulate import tabulate
 
+from projects.errors import DataError
+
 T_O = (-1.0, 0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
 T_P = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
 MAX_DETECTIONS = 100  # of an image, over all classes
@@ -27,10 +29,17 @@ RECALLS = np.linspace(0, 1, 101)
 
 
 def largest_overlaps(coco_gt: COCO) -> dict[int, np.ndarray]:
-    """Of every image (by id) the largest box IoU of each instance with another one of the image, whatever its class; (G,)."""
+    """Of every image (by id) the largest box IoU of each instance with another one of the image, whatever its class; (G,).
+
+    Raises DataError for an instance without a box.
+    """
     overlaps = {}
     for image_id in coco_gt.imgs:
-        boxes = [a["bbox"] for a in coco_gt.imgToAnns[image_id] if not a.get("iscrowd", 0)]
+        instances = [a for a in coco_gt.imgToAnns[image_id] if not a.get("iscrowd", 0)]
+        for annotation in instances:
+            if not annotation.get("bbox"):
+                raise DataError(f"Annotation {annotation['id']} has no 'bbox', by whose overlaps instances are huddled.")
+        boxes = [a["bbox"] for a in instances]
         if not boxes:
             overlaps[image_id] = np.zeros(0)
             continue
@@ -58,7 +67,7 @@ class Matches:
     Attributes:
         scores: (D,).
         hits: (T, D) whether a detection matched an object or a crowd at each IoU threshold.
-        ignored: (T, D) whether that was a crowd, so that it counts neither way.
+        ignored: (T, D) whether it counts neither way: it matched a crowd, or nothing and has a negative area.
         objects: how many there were to find.
     """
 
@@ -74,12 +83,13 @@ def match(coco_gt: COCO, results: Sequence[dict], task: str) -> dict[int, Matche
     Args:
         coco_gt: ground truth from :func:`projects.evaluation.coco_files.load_ground_truth`.
         results: detections that passed :func:`projects.evaluation.coco_files.check_results`. Of an image the 100 of the highest
-            scores count.
+            scores count, of the classes that the ground truth has.
         task: "bbox" or "segm".
     """
     field = {"bbox": "bbox", "segm": "segmentation"}[task]
     fields = ("image_id", "category_id", "score", field)
-    detections = coco_gt.loadRes([{key: r[key] for key in fields} for r in best_of_each_image(results)])
+    best = best_of_each_image([r for r in results if r["category_id"] in coco_gt.cats])
+    detections = coco_gt.loadRes([{key: r[key] for key in fields} for r in best])
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
         coco_eval = COCOeval(coco_gt, detections, task)
         coco_eval.params.areaRng, coco_eval.params.areaRngLbl = [[0, 1e5**2]], ["all"]
@@ -125,7 +135,7 @@ def pooled_ap(matches: Iterable[Matches]) -> float:
     hits = np.concatenate([m.hits for m in matches], axis=1)[:, order]
     ignored = np.concatenate([m.ignored for m in matches], axis=1)[:, order]
     right = np.cumsum(hits & ~ignored, axis=1)
-    wrong = np.cumsum(~hits, axis=1)
+    wrong = np.cumsum(~hits & ~ignored, axis=1)
     averages = []
     for found, missed in zip(right, wrong, strict=True):
         precision = found / np.maximum(found + missed, 1)

@@ -15,6 +15,7 @@ from pycocotools import mask as mask_util
 from projects.data import builtin  # noqa: F401  registers the data sets
 from projects.drawables import Drawable
 from projects.engine.launch import guarded
+from projects.errors import DataError
 from projects.modeling.build import build_model
 from projects.visualization import GAP, TITLE_HEIGHT, draw
 
@@ -155,6 +156,40 @@ def test_results_as_instances(tool):
     assert found.pred_boxes.tensor.tolist() == [[10, 20, 40, 60]] and found.pred_classes.tolist() == [1]
 
 
+def test_results_without_boxes_take_those_of_their_masks(run, results, tmp_path):
+    masks = [{key: value for key, value in r.items() if key != "bbox"} for r in results]
+    a, b = write(tmp_path / "a.json", results), write(tmp_path / "b.json", masks)
+    code, rows, _ = run("--a", a, "--b", b, "--count", 1)
+    assert code == 0 and {row["difference"] for row in rows} == {0} and any(row["objects of B"] for row in rows)
+
+
+def test_boxes_of_masks_by_hand(tool, encode_square):
+    result = {"image_id": 3, "category_id": 1, "score": 0.5, "segmentation": encode_square}
+    assert tool.box_of("a.json", result) == [2, 3, 5, 4]
+    assert tool.box_of("a.json", {**result, "bbox": [0, 0, 9, 9]}) == [0, 0, 9, 9]
+
+
+@pytest.fixture
+def encode_square() -> dict:
+    mask = np.zeros((20, 30), np.uint8, order="F")
+    mask[3:7, 2:7] = 1
+    return mask_util.encode(mask)
+
+
+def test_a_data_set_that_is_no_coco_file(tool):
+    """Its ids are positions among the classes."""
+    metadata, records = MetadataCatalog.get("compared_records"), [{"image_id": 3, "height": 80, "width": 100}]
+    result = {"image_id": 3, "category_id": 1, "bbox": [10, 20, 30, 40], "score": 0.5}
+    with pytest.raises(DataError, match="compared_records has no classes of things"):
+        next(tool.from_results("a.json", [result], records, metadata))
+    metadata.thing_classes = ["one", "two"]
+    (output,) = tool.from_results("a.json", [result], records, metadata)
+    assert output["instances"].pred_classes.tolist() == [1]
+    with pytest.raises(DataError, match=r"category ids \[2\]"):
+        next(tool.from_results("a.json", [dict(result, category_id=2)], records, metadata))
+    MetadataCatalog.remove("compared_records")
+
+
 def test_chosen_images_in_the_order_given(run, results, tmp_path):
     records = DatasetCatalog.get("shapes_val")
     files = [Path(records[i]["file_name"]) for i in (5, 0, 3)]
@@ -199,11 +234,18 @@ def test_what_can_be_wrong(run, tool, results, tmp_path, capsys, shapes_root):
     foreign = write(tmp_path / "foreign.json", [dict(results[0], image_id=7)])
     unknown = write(tmp_path / "unknown.json", [dict(results[0], category_id=77)])
     (tmp_path / "object.json").write_text("{}")
+    lacking = {
+        key: write(tmp_path / f"no_{key}.json", [{k: v for k, v in results[0].items() if k != key}])
+        for key in ("image_id", "category_id", "score")
+    }
+    shapeless = write(tmp_path / "shapeless.json", [{k: results[0][k] for k in ("image_id", "category_id", "score")}])
     for args, message in (
         (["--a", good, "--b", foreign], "in none of the 12"),
         (["--a", good, "--b", unknown], r"category ids [77]"),
         (["--a", good, "--b", tmp_path / "object.json"], "expected a list"),
         (["--a", good, "--b", tmp_path / "nowhere.json"], "Cannot read"),
+        *((["--a", good, "--b", file], f"no usable {key}") for key, file in lacking.items()),
+        (["--a", good, "--b", shapeless], "neither 'bbox' nor 'segmentation'"),
         (["--a", good, "--b", "x", "y", "z"], "CONFIG WEIGHTS or RESULTS.json"),
         (["--a", good, "--b", "nowhere.yaml", "model.pth"], "no config file 'nowhere.yaml'"),
         (["--a", good, "--b", good, "--images", "nobody"], "0 such images"),

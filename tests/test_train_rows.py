@@ -24,6 +24,10 @@ def test_table_of_finished_runs(run_script, tmp_path):
     assert rows[2] == ["baseline/shapes_mask_rcnn_R_18_FPN", "2", "51.50 (3.00)", "41.25 (2.50)", "1.0"]
     done = run_script("tools/train_rows.py", CONFIG, "--seeds", 1, "--output", tmp_path, "--metrics", "bbox/AP50")
     assert "99.00 (0.00)" in done.stdout and "segm" not in done.stdout
+    finished(tmp_path, 3, None, 42.0)  # as results.json has nan
+    done = run_script("tools/train_rows.py", CONFIG, "--seeds", 1, 3, "--output", tmp_path)
+    cells = [cell.strip() for cell in done.stdout.splitlines()[-1].split("|")[2:5]]
+    assert cells == ["2", "nan", "41.00 (2.00)"], done.stderr
 
 
 def test_trains_what_is_missing_and_says_what_failed(run_script, tiny_opts, tmp_path):

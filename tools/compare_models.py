@@ -43,9 +43,9 @@ from projects.data.check import check_datasets
 from projects.drawables import Drawable, from_instances
 from projects.engine.launch import guarded
 from projects.errors import ConfigError, DataError
-from projects.evaluation.coco_files import load_json, write_json_atomically
+from projects.evaluation.coco_files import load_results, write_json_atomically
 from projects.evaluation.panoptic_files import segments_of_output
-from projects.evaluation.pictures import drawable_truth
+from projects.evaluation.pictures import drawable_truth, records_to_draw
 from projects.predictor import BatchedPredictor
 from projects.visualization import contact_sheet, draw, of_same_kind, titled
 
@@ -82,7 +82,7 @@ def main(args: argparse.Namespace) -> int:
     get_cfg()  # registers the data sets
     name = dataset_name(args)
     sources = [open_source(files, name, args) for files in (args.a, args.b)]
-    records, metadata = DatasetCatalog.get(name), MetadataCatalog.get(name)
+    records, metadata = records_to_draw(name), MetadataCatalog.get(name)
     if args.images:
         records = [find_record(records, image) for image in args.images]
     rows, shown = compare(records, [source(records, metadata) for source in sources], metadata, args)
@@ -116,9 +116,7 @@ def dataset_name(args: argparse.Namespace) -> str:
 def open_source(files: list[str], name: str, args: argparse.Namespace):
     """A model or file of results as a function: records, metadata -> an output for each record."""
     if len(files) == 1:
-        results = load_json(files[0])
-        if not isinstance(results, list):
-            raise DataError(f"{files[0]} is no COCO results file: expected a list. A model is --a CONFIG WEIGHTS.")
+        results = load_results(files[0])
         check_datasets(load_config("", ["DATASETS.TEST", (name,)]), set(), evaluation_only=True)
         return lambda records, metadata: from_results(files[0], results, records, metadata)
     if len(files) != 2:
@@ -149,13 +147,16 @@ def from_results(path: str, results: list[dict], records: list[dict], metadata: 
             f"{path} has detections in {len(of_image)} images, but in none of the {len(records)} that are to be compared. Name "
             "the data set and split that they were made on with --dataset."
         )
-    classes = metadata.thing_dataset_id_to_contiguous_id
+    positions = {i: i for i in range(len(metadata.get("thing_classes", ())))}  # ids of a data set that is no COCO file
+    classes = metadata.get("thing_dataset_id_to_contiguous_id", positions)
+    if not classes:
+        raise DataError(f"{path} has detections, but {metadata.name} has no classes of things.")
     unknown = {result["category_id"] for result in results} - classes.keys()
     if unknown:
         raise DataError(f"{path} has the category ids {sorted(unknown)[:5]}, which {metadata.name} does not have.")
     for record in records:
         found = of_image[record["image_id"]]
-        boxes = torch.tensor([result["bbox"] for result in found], dtype=torch.float32).reshape(-1, 4)
+        boxes = torch.tensor([box_of(path, result) for result in found], dtype=torch.float32).reshape(-1, 4)
         instances = Instances(
             (record["height"], record["width"]),
             pred_boxes=Boxes(BoxMode.convert(boxes, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS)),
@@ -165,6 +166,15 @@ def from_results(path: str, results: list[dict], records: list[dict], metadata: 
         if found and all("segmentation" in result for result in found):
             instances.pred_masks_rle = [result["segmentation"] for result in found]
         yield {"instances": instances}
+
+
+def box_of(path: str, result: dict) -> list[float]:
+    """The box of a detection, [x, y, width, height] in image pixels; that of its mask where there is no other."""
+    if "bbox" in result:
+        return result["bbox"]
+    if "segmentation" not in result:
+        raise DataError(f"{path} has a detection in image {result['image_id']} with neither 'bbox' nor 'segmentation'.")
+    return mask_util.toBbox(result["segmentation"]).tolist()
 
 
 def find_record(records: list[dict], image: str) -> dict:

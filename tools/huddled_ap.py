@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from dsg.huddled import format_cells, huddled_table, largest_overlaps, match, share_with_overlaps
 from projects.engine.launch import guarded
 from projects.errors import DataError
-from projects.evaluation.coco_files import check_results, load_ground_truth, load_json, write_json_atomically
+from projects.evaluation.coco_files import check_results, load_ground_truth, load_results, without_nan, write_json_atomically
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -35,10 +35,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def read_matches(coco_gt, path: str, tasks: list[str]) -> dict:
-    results = load_json(path)
-    if not isinstance(results, list):
-        raise DataError(f"{path} is no COCO results file: expected a list, found an object.")
-    results = check_results(coco_gt, results, tasks)
+    results = check_results(coco_gt, load_results(path), tasks)
     return {task: match(coco_gt, results, task) for task in tasks}
 
 
@@ -65,7 +62,7 @@ def main(args: argparse.Namespace) -> int:
         show(f"{tasks} AP, {name}", lambda place, t=table: " / ".join(f"{t[place][task]:.1f}" for task in args.tasks))
     show(
         f"{tasks} AP, results - baseline",
-        lambda place: " / ".join(f"{results[place][task] - baseline[place][task]:+.1f}" for task in args.tasks),
+        lambda place: " / ".join(signed(results[place][task] - baseline[place][task]) for task in args.tasks),
     )
     if args.json:
         cells = [
@@ -76,8 +73,8 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def without_nan(cell: dict) -> dict:
-    return {key: None if math.isnan(value) else value for key, value in cell.items()}
+def signed(value: float) -> str:
+    return "nan" if math.isnan(value) else f"{value:+.1f}"
 
 
 if __name__ == "__main__":

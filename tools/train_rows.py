@@ -21,7 +21,7 @@ import torch
 from tabulate import tabulate
 from tqdm import tqdm
 
-from projects.engine.launch import guarded
+from projects.engine.launch import guarded, usable_cpus
 from projects.errors import UserError
 
 REPO = Path(__file__).resolve().parent.parent
@@ -42,9 +42,9 @@ def train(config: str, seed: int, args) -> bool:
     if (folder / "last_checkpoint").is_file():
         command.append("--resume")
     command += [*args.opts, "SEED", str(seed), "OUTPUT_DIR", str(folder)]
-    threads = max(1, (os.cpu_count() or 1) // args.jobs)
+    threads = max(1, usable_cpus() // args.jobs)
     with open(folder / "run.log", "a") as log:
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
         return subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log).returncode == 0
 
 
@@ -67,7 +67,7 @@ def table(configs: list[str], seeds: list[int], output: Path, metrics: list[str]
     for config in configs:
         folders = [folder_of(config, seed, output) for seed in seeds]
         done = [folder for folder in folders if (folder / "results.json").is_file()]
-        found: dict[str, list[float]] = {}
+        found: dict[str, list[float | None]] = {}
         for folder in done:
             for task, values in json.loads((folder / "results.json").read_text()).items():
                 for name, value in values.items():
@@ -75,7 +75,8 @@ def table(configs: list[str], seeds: list[int], output: Path, metrics: list[str]
                         found.setdefault(f"{task}/{name}", []).append(value)
         row = {"config": "/".join(Path(config).resolve().with_suffix("").parts[-2:]), "runs": len(done)}
         for name, values in found.items():
-            row[name] = f"{statistics.fmean(values):.2f} ({max(values) - min(values):.2f})"
+            unmeasured = None in values  # null, where there was nothing to measure
+            row[name] = "nan" if unmeasured else f"{statistics.fmean(values):.2f} ({max(values) - min(values):.2f})"
         if done:
             row["minutes"] = f"{statistics.fmean(map(minutes_of, done)):.1f}"
         rows.append(row)

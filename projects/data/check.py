@@ -1,5 +1,6 @@
-"""Before anything is started: are the data sets there, and do the heads have their classes?"""
+"""Before anything is started: are the data sets there, can they be evaluated, and do the heads have their classes?"""
 
+import contextlib
 import difflib
 import os
 
@@ -9,6 +10,7 @@ from detectron2.data.datasets import register_coco_instances
 
 from projects.config import CLASS_COUNT_KEYS
 from projects.errors import ConfigError, DataError
+from projects.evaluation import build_evaluator
 
 from .coco_format import PLACES as COCO_PLACES
 from .validate import read_records
@@ -35,12 +37,12 @@ def check_datasets(cfg: CfgNode, stated: set[str], evaluation_only: bool = False
     Args:
         cfg: not frozen; keys of :data:`projects.config.CLASS_COUNT_KEYS` that are not in ``stated`` are set.
         stated: the keys that the config file or the command line set in so many words.
-        evaluation_only: look at DATASETS.TEST only.
+        evaluation_only: look at DATASETS.TEST only, and leave it to the evaluation to look at its ground truth.
 
     Raises:
         ConfigError: an unknown name; no data set at all; a stated number of classes that the data sets contradict; data sets
-            with different classes.
-        DataError: files that are not there.
+            with different classes; one of DATASETS.TEST that has no evaluator.
+        DataError: files that are not there; ground truth of DATASETS.TEST that cannot be evaluated.
     """
     register_own_datasets(cfg)
     key = "DATASETS.TEST" if evaluation_only else "DATASETS.TRAIN"
@@ -55,6 +57,9 @@ def check_datasets(cfg: CfgNode, stated: set[str], evaluation_only: bool = False
         classes = {name: known for name, known in classes.items() if known is not None}
         if classes:
             _set_class_count(cfg, stated, kind, classes)
+    if not evaluation_only:
+        for name in cfg.DATASETS.TEST:
+            build_evaluator(cfg, name, cfg.OUTPUT_DIR)  # says now what it would say after the training
 
 
 def _check_registered(name: str) -> None:
@@ -72,14 +77,15 @@ def _check_files(name: str) -> None:
     for place in PLACES:
         path = metadata.get(place)
         if path and "://" not in path and not os.path.exists(path):
-            try:
+            with contextlib.suppress(OSError, AssertionError):  # Detectron2's loaders assert
                 DatasetCatalog.get(name)  # a loader of ours says itself what is missing and which command makes it
-            except (OSError, AssertionError) as error:  # Detectron2's loaders assert
-                root = os.environ.get("DETECTRON2_DATASETS", "datasets")
-                raise DataError(
-                    f"Data set '{name}' needs '{path}' ({place}), which does not exist. Data sets lie below the folder that "
-                    f"DETECTRON2_DATASETS names (now '{root}'); see README.md, \"Data\"."
-                ) from error
+                if place == "gt_dir":  # which test splits do without
+                    continue
+            root = os.environ.get("DETECTRON2_DATASETS", "datasets")
+            raise DataError(
+                f"Data set '{name}' needs '{path}' ({place}), which does not exist. Data sets lie below the folder that "
+                f"DETECTRON2_DATASETS names (now '{root}'); see README.md, \"Data\"."
+            )
 
 
 def _classes(name: str, kind: str) -> tuple[str, ...] | None:

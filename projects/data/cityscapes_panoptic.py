@@ -36,12 +36,16 @@ def places(root: str, split: str) -> dict[str, str]:
 def add_segments(records: list[dict], root: str, split: str) -> None:
     """Add "pan_seg_file_name" and "segments_info" (see :mod:`.cityscapes`) to the records of a split.
 
-    Raises DataError: a missing or damaged JSON, an image without an entry or map, an unknown class.
+    Raises DataError: a JSON that is missing, damaged, or older than instance ids; an image without an entry or map; an
+    unknown class.
     """
     where = places(root, split)
     remedy = f"Write it with: {PREPARE_COMMAND} --folder {root} --splits {split}"
     entries = _read_entries(where["panoptic_json"], remedy)
+    written = os.stat(where["panoptic_json"]).st_mtime_ns
     for record in records:
+        if _is_outdated(written, record["instance_ids_file_name"]):
+            raise DataError(f"{where['panoptic_json']} is older than {record['instance_ids_file_name']}. {remedy}")
         entry = entries.get(record["image_id"])
         if entry is None:
             raise DataError(f"{where['panoptic_json']} has no entry for image {record['image_id']}. {remedy}")
@@ -123,9 +127,14 @@ def _is_complete(files: list[ImageFiles], where: dict[str, Path]) -> bool:
     except (DataError, OSError):
         return False
     return entries.keys() >= {f.name for f in files} and all(
-        (where["panoptic_root"] / entries[f.name]["file_name"]).is_file() and os.stat(f.instance_ids).st_mtime_ns <= written
+        (where["panoptic_root"] / entries[f.name]["file_name"]).is_file() and not _is_outdated(written, f.instance_ids)
         for f in files
     )
+
+
+def _is_outdated(written: int, instance_ids: str) -> bool:
+    """Whether instance ids have changed since the panoptic JSON was written (time in ns)."""
+    return os.stat(instance_ids).st_mtime_ns > written
 
 
 def _convert(job: tuple[ImageFiles, Path, str]) -> dict:

@@ -189,6 +189,9 @@ def _check_images(report: Report, entries, image_root, read_images, workers, pro
     """id -> image, or None for one that is to be dropped."""
     keys = {"id": _is_id, "file_name": _is_name, "width": _is_length, "height": _is_length}
     images = _new_and_sound(report, "image", entries, keys)
+    if report.source:  # COCO's evaluation wants numbers
+        for number in (number for number in images if not _is_number(number)):
+            report.add("image-id-no-number", f"image {number!r}")
     if image_root is None:
         return images
     jobs = [(os.path.join(image_root, i["file_name"]), i["width"], i["height"], read_images) for i in images.values()]
@@ -207,6 +210,7 @@ def _check_annotations(report: Report, entries, images: dict, categories: dict, 
     kept, seen, with_objects = [], set(), set()
     unused = 1 + max((e["id"] for e in entries if isinstance(e, dict) and isinstance(e.get("id"), int)), default=0)
     keys = {"id": _is_number, "image_id": _is_id, "category_id": _is_number}
+    with_masks = any(isinstance(e, dict) and e.get("segmentation") for e in entries)
     for index, entry in enumerate(tqdm(entries, desc="annotations", disable=None if progress else True)):
         if not _is_sound(report, "annotation", index, entry, keys):
             continue
@@ -227,7 +231,7 @@ def _check_annotations(report: Report, entries, images: dict, categories: dict, 
             report.add("unknown-category", f"{label}: category {entry['category_id']}")
             report.changes["annotation: unknown category, dropped"] += 1
         else:
-            repaired = _check_annotation(report, label, entry, images[entry["image_id"]])
+            repaired = _check_annotation(report, label, entry, images[entry["image_id"]], with_masks)
             if repaired is None:
                 report.changes["annotation: box or mask beyond repair, dropped"] += 1
             else:
@@ -238,8 +242,11 @@ def _check_annotations(report: Report, entries, images: dict, categories: dict, 
     return kept
 
 
-def _check_annotation(report: Report, label: str, entry: dict, image: dict) -> dict | None:
-    """The annotation with its mask and box repaired, or None where that cannot be done."""
+def _check_annotation(report: Report, label: str, entry: dict, image: dict, with_masks: bool) -> dict | None:
+    """The annotation with its mask, box and area repaired, or None where that cannot be done.
+
+    A mask may be absent in a data set of boxes only (not `with_masks`): where others have one, the evaluation wants it too.
+    """
     width, height = image["width"], image["height"]
     repaired, mask = dict(entry), None
     if entry.get("segmentation"):
@@ -252,7 +259,7 @@ def _check_annotation(report: Report, label: str, entry: dict, image: dict) -> d
             repaired |= {"segmentation": mask, "area": float(mask_util.area(rle_of(mask, width, height)))}
             report.changes["annotation: polygons clipped or dropped"] += 1
     else:
-        report.add("no-mask", label)
+        report.add("missing-mask" if with_masks else "no-mask", label)
     problems, box = check_box(entry.get("bbox"), width, height)
     for kind, message in problems:
         report.add(kind, f"{label}: {message}")
@@ -261,7 +268,14 @@ def _check_annotation(report: Report, label: str, entry: dict, image: dict) -> d
         report.changes["annotation: box taken from the mask"] += 1
     elif box is not None and problems:
         report.changes["annotation: box clipped"] += 1
-    return {**repaired, "bbox": box} if box is not None else None
+    if box is None or (with_masks and mask is None):
+        return None
+    if not isinstance(repaired.get("area"), (int, float)):
+        repaired["area"] = float(box[2] * box[3] if mask is None else mask_util.area(rle_of(mask, width, height)))
+        if report.source:  # records have no area
+            report.add("no-area", label)
+            report.changes["annotation: area taken from the mask or box"] += 1
+    return {**repaired, "bbox": box}
 
 
 def _check_maps(report: Report, records, metadata, read_images, workers, progress) -> None:

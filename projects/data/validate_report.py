@@ -23,13 +23,16 @@ PROBLEMS = {
     "empty-mask": "dropped",
     "rle-size": "dropped",
     "bad-rle": "dropped",
+    "missing-mask": "dropped",
+    "no-area": "taken from the mask, or the box",
+    "image-id-no-number": "left to you",
     "loader-fails": "left to you",
     "missing-map": "left to you",
     "bad-map": "left to you",
     "unknown-map-id": "left to you",
 }
 NOTES = {
-    "no-mask": "a note: annotations with a box only",
+    "no-mask": "a note: a data set of boxes, no annotation has a mask",
     "no-objects": "a note: images without objects are legal",
 }
 EXAMPLES = 3

@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.coco import convert_to_coco_dict
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
@@ -20,7 +20,7 @@ from projects.evaluation.coco_files import (
     check_results,
     check_tasks,
     load_ground_truth,
-    load_json,
+    load_results,
     write_json_atomically,
 )
 from projects.evaluation.coco_metrics import AREA_RANGES, evaluate_results
@@ -73,7 +73,7 @@ class FastCOCOEvaluator(DatasetEvaluator):
         }
         metadata = MetadataCatalog.get(dataset_name)
         json_file = metadata.get("json_file")
-        source = PathManager.get_local_path(json_file) if json_file else convert_to_coco_dict(dataset_name)
+        source = PathManager.get_local_path(json_file) if json_file else _as_coco(dataset_name)
         self._coco_gt = load_ground_truth(source, self._tasks, self._num_keypoints)
         if "annotations" not in self._coco_gt.dataset and not output_dir:
             raise ConfigError(f"{dataset_name} has no annotations: predictions can only be written. Give an output_dir.")
@@ -153,6 +153,14 @@ class FastCOCOEvaluator(DatasetEvaluator):
         return {**result, "category_id": self._category_of_class[class_index]}
 
 
+def _as_coco(dataset_name: str) -> dict:
+    """The registered dicts as COCO ground truth, with "annotations", maybe none, where they have such a key."""
+    content = convert_to_coco_dict(dataset_name)
+    if any("annotations" in record for record in DatasetCatalog.get(dataset_name)):
+        content.setdefault("annotations", [])
+    return content
+
+
 def evaluate_coco_json(
     gt_json: str | os.PathLike,
     results_json: str | os.PathLike,
@@ -175,8 +183,5 @@ def evaluate_coco_json(
     coco_gt = load_ground_truth(gt_json, tasks, num_keypoints)
     if "annotations" not in coco_gt.dataset:
         raise DataError(f"{gt_json} has no 'annotations' to score with; only its owner's server has them.")
-    results = load_json(results_json)
-    if not isinstance(results, list):
-        raise DataError(f"{results_json} is no COCO results file: expected a list, found an object.")
-    results = check_results(coco_gt, results, tasks, num_keypoints)
+    results = check_results(coco_gt, load_results(results_json), tasks, num_keypoints)
     return evaluate_results(coco_gt, results, tasks, max_dets=max_dets, kpt_oks_sigmas=kpt_oks_sigmas, area_ranges=area_ranges)

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from faster_coco_eval import COCO
 
@@ -24,6 +24,19 @@ _NEEDED_IN_ANNOTATION = {
     "keypoints": ("keypoints", "num_keypoints", "bbox", "area"),
 }
 _NEEDED_IN_RESULT = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}
+
+
+def _are_numbers(values) -> bool:
+    return isinstance(values, list) and all(isinstance(value, int | float) for value in values)
+
+
+_FORM_OF_RESULT = {  # field -> whether a value of it can be used; the first three must be there
+    "image_id": lambda value: isinstance(value, int | str),
+    "category_id": lambda value: isinstance(value, int),
+    "score": lambda value: isinstance(value, int | float),
+    "bbox": lambda value: _are_numbers(value) and len(value) == 4,
+    "keypoints": _are_numbers,
+}
 
 
 def check_tasks(tasks: Sequence[str]) -> tuple[str, ...]:
@@ -45,13 +58,33 @@ def load_json(path: str | os.PathLike) -> dict | list:
         raise DataError(f"{path} is not JSON ({error}). Write or download it again.") from error
 
 
-def write_json_atomically(content: dict | list, path: str | os.PathLike) -> None:
+def without_nan(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """Metrics as JSON holds them: it has no nan, whose place null takes."""
+    return {name: None if math.isnan(value) else value for name, value in metrics.items()}
+
+
+def write_json_atomically(content: dict | list, path: str | os.PathLike, indent: int | None = None) -> None:
     """Write next to `path`, then rename: a reader never meets half a file. Folders are made as needed."""
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     part = f"{path}.part"
     with open(part, "w", encoding="utf-8") as file:
-        json.dump(content, file, allow_nan=False)
+        json.dump(content, file, allow_nan=False, default=float, indent=indent)
     os.replace(part, path)
+
+
+def load_results(path: str | os.PathLike) -> list[dict]:
+    """The detections in a file of COCO's results format; DataError where it is missing or has another form."""
+    results = load_json(path)
+    if not isinstance(results, list):
+        raise DataError(f"{path} is no COCO results file: expected a list, found an object.")
+    for place, result in enumerate(results):
+        if not isinstance(result, dict):
+            raise DataError(f"{path} is no COCO results file: expected objects in its list, found {result!r}.")
+        for field in {"image_id", "category_id", "score"} | result.keys() & _FORM_OF_RESULT.keys():
+            if not _FORM_OF_RESULT[field](result.get(field)):
+                found = repr(result[field]) if field in result else "none"
+                raise DataError(f"{path}: the detection at position {place} has no usable {field}: found {found}.")
+    return results
 
 
 def load_ground_truth(source: str | os.PathLike | dict, tasks: Sequence[str], num_keypoints: int = PERSON_KEYPOINTS) -> COCO:
@@ -138,7 +171,7 @@ def _check_image_ids(coco_gt: COCO, results: Sequence[dict]) -> None:
 
 def _check_mask(result: dict, image: dict) -> None:
     rle = result["segmentation"]
-    if not isinstance(rle, dict) or not isinstance(rle.get("counts"), str | bytes):
+    if not (isinstance(rle, dict) and isinstance(rle.get("counts"), str | bytes) and isinstance(rle.get("size"), list | tuple)):
         raise DataError(
             f"A result of image {image['id']} has a segmentation that is no compressed RLE (an object with "
             "'size' and 'counts'). Encode masks with pycocotools.mask.encode."

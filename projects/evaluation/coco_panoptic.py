@@ -1,6 +1,8 @@
 """Panoptic quality on data sets in COCO's panoptic format, without panopticapi.
 
 The figures are those of Detectron2's COCOPanopticEvaluator, which needs that package; the arithmetic is panoptic_quality.py.
+They may differ where an image has several crowd segments of one class: an unmatched prediction of that class is excused by
+what it covers of all of them, and in panopticapi by what it covers of the one that is listed last.
 """
 
 import os

@@ -1,6 +1,5 @@
 """Evaluating a model on DATASETS.TEST: tables, result files, pictures, and the losses on data it was not trained on."""
 
-import json
 import logging
 import sys
 from collections import OrderedDict
@@ -23,6 +22,7 @@ from projects.engine.checkpoint import Checkpointer
 from projects.modeling.build import build_model
 
 from . import build_evaluator, results_table
+from .coco_files import without_nan, write_json_atomically
 from .pictures import PictureWriter
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ def evaluate(cfg: CfgNode, model: torch.nn.Module) -> OrderedDict:
         results[name] = inference_on_dataset(model, Bar(build_test_loader(cfg, name), name), evaluator) or {}
         if comm.is_main_process() and results[name]:
             logger.info("%s\n%s", name, results_table(results[name]))
-            (folder / "results.json").write_text(json.dumps(results[name], indent=1, default=float))
+            write_metrics(results[name], folder / "results.json")
     if len(results) == 1:
         return next(iter(results.values()))
     return OrderedDict((f"{name}/{task}", values) for name, tasks in results.items() for task, values in tasks.items())
@@ -111,5 +111,10 @@ def write_summary(cfg: CfgNode, results: Mapping) -> None:
     """Write ``OUTPUT_DIR/results.json`` and log the table of all data sets. Only the first process has results."""
     if comm.is_main_process() and results:
         path = Path(cfg.OUTPUT_DIR) / "results.json"
-        path.write_text(json.dumps(results, indent=1, default=float))
+        write_metrics(results, path)
         logger.info("Results (also in %s):\n%s", path, results_table(results))
+
+
+def write_metrics(results: Mapping[str, Mapping[str, float]], path: Path) -> None:
+    """Write ``{task: {metric: value}}`` as JSON, all of it or nothing; nan becomes null."""
+    write_json_atomically({task: without_nan(metrics) for task, metrics in results.items()}, path, indent=1)

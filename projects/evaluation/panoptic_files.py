@@ -12,6 +12,7 @@ import torch
 from detectron2.data import Metadata
 from PIL import Image
 
+from projects.data.id_maps import read_pixels
 from projects.drawables import as_array
 from projects.errors import ConfigError, DataError
 from projects.visualization import segments_of_ids
@@ -22,11 +23,7 @@ from .panoptic_quality import VOID
 
 def read_segment_map(path: str | os.PathLike) -> np.ndarray:
     """(H, W) int64 segment ids of a panoptic PNG. Raises DataError where there is no such picture of three channels."""
-    try:
-        with Image.open(path) as picture:
-            colors = np.asarray(picture)
-    except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for broken PNGs
-        raise DataError(f"The panoptic map {path} cannot be read ({error}). Download or prepare it again.") from error
+    colors = read_pixels(path)
     if colors.ndim != 3:
         raise DataError(f"{path} is no panoptic map: expected three channels, found {colors.shape} pixels.")
     return colors[:, :, :3].astype(np.int64) @ np.array([1, 256, 256**2])

@@ -23,6 +23,7 @@ from projects.data import builtin, cityscapes_files  # noqa: F401  builtin regis
 from projects.data.check import check_datasets
 from projects.data.cityscapes import SPLITS, TASKS, load_cityscapes, register_cityscapes
 from projects.data.cityscapes_panoptic import write_panoptic
+from projects.data.id_maps import read_id_map
 from projects.data.loader import load_records, seeded
 from projects.data.mapper import InstanceMapper
 from projects.data.validate import validate_dataset
@@ -122,11 +123,15 @@ def test_records_name_their_files(root):
     assert [record["image_id"] for record in load(root, "instance10")] == [1, 2]
 
 
-def test_8_16_and_32_bits_are_read_alike(root):
+def test_8_and_16_bits_are_read_alike_also_as_pixels_of_32(root, monkeypatch):
+    """A PNG has 16 bits at most, and there are versions of Pillow that give such a one as 32 (mode I)."""
     expected = load(root)
-    path = truth_file(root)
-    Image.fromarray(drawn()).save(path, "TIFF")  # Pillow writes no PNG of its 32-bit mode, but older ones read 16 bits as that
-    assert Image.open(path).mode == "I" and load(root) == expected
+    path, opened = truth_file(root), Image.open
+    assert opened(path).mode == "I;16"
+    os.utime(path)  # it is read again
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "open", lambda file: opened(file).convert("I") if str(file) == str(path) else opened(file))
+        assert read_id_map(str(path)).dtype == np.int32 and load(root) == expected
     Image.fromarray(np.full(SIZE, 26, np.uint8)).save(path)
     (group,) = load(root)[0]["annotations"]
     assert group["iscrowd"] == 1 and group["bbox"] == [0, 0, 32, 24] and decode(group).all()
@@ -358,6 +363,18 @@ def test_panoptic_errors_say_what_to_do(root):
         load(root, "panoptic")
 
 
+def test_panoptic_files_that_are_older_than_the_instances(root):
+    write_panoptic(root, "val", progress=False)
+    written = (root / "gtFine/cityscapes_panoptic_val.json").stat().st_mtime_ns
+    os.utime(truth_file(root, name=SECOND), ns=(written + 1,) * 2)
+    command = f"python tools/prepare_cityscapes.py --folder {root} --splits val"
+    with pytest.raises(DataError, match=f"panoptic_val.json is older than {truth_file(root, name=SECOND)}.*{command}"):
+        load(root, "panoptic")
+    assert len(load(root)) == 2
+    write_panoptic(root, "val", progress=False)
+    assert len(load(root, "panoptic")) == 2
+
+
 def test_tool(root, run_script, capsys):
     arguments = ["--folder", str(root), "--splits", "val"]
     done = run_script("tools/prepare_cityscapes.py", *arguments)
@@ -499,7 +516,6 @@ def test_validation_knows_the_data_sets(root):
     (root / f"leftImg8bit/val/aachen/{FIRST}_leftImg8bit.png").write_bytes(
         (root / f"leftImg8bit/val/aachen/{FIRST}_leftImg8bit.png").read_bytes()[:200]
     )
-    write_image(root, np.full(SIZE, 23), name=SECOND)  # another map than the panoptic one was made from
     report = validate_dataset("drawn_instance_val", read_images=True)
     assert report.findings["unreadable-image"][0].startswith(f"image {FIRST}: ")
     shutil.copy(

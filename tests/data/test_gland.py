@@ -1,11 +1,13 @@
 """Glands from a flat folder of drawn pixels."""
 
+import math
 import os
 
 import numpy as np
 import pytest
+import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.structures import BoxMode
+from detectron2.structures import Boxes, BoxMode, Instances
 from PIL import Image
 from pycocotools import mask as mask_util
 
@@ -93,6 +95,17 @@ def test_metadata_check_and_evaluation(folder):
     results = evaluator.evaluate()
     assert results["segm"]["AP"] == results["bbox"]["AP"] == 0
     assert validate_dataset("gland_test", read_images=True).problems == 0
+
+
+def test_a_split_without_glands_is_not_one_without_annotations(folder):
+    write(folder, "testB_3", np.zeros(SIZE, np.uint8), ending="png")
+    evaluator = FastCOCOEvaluator("gland_testB", ["bbox", "segm"], distributed=False)
+    record = DatasetCatalog.get("gland_testB")[0]
+    found = Instances(SIZE, pred_boxes=Boxes([[1.0, 1, 9, 9]]), scores=torch.ones(1), pred_classes=torch.zeros(1).long())
+    found.pred_masks = torch.ones(1, *SIZE, dtype=torch.bool)
+    evaluator.process([record], [{"instances": found}])
+    results = evaluator.evaluate()
+    assert list(results) == ["bbox", "segm"] and math.isnan(results["segm"]["AP"])
 
 
 @pytest.mark.parametrize("name", ["train_2_anno.bmp", "train_10_anno.png"])

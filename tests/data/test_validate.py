@@ -21,6 +21,7 @@ from projects.data.validate_files import read_coco_json, write_repaired
 from projects.data.validate_geometry import check_box, check_segmentation, clip_polygon
 from projects.data.validate_report import NOTES, PROBLEMS
 from projects.errors import DataError
+from projects.evaluation.coco_files import load_ground_truth
 
 REPO = Path(__file__).resolve().parents[2]
 W, H = 160, 128
@@ -126,7 +127,20 @@ def plant_degenerate_boxes(coco):
 
 def plant_degenerate_box_without_mask(coco):
     set_in(coco, 0, bbox=[5, 5, 0, 9], segmentation=[])
-    return {"degenerate-box": 1}
+    return {"degenerate-box": 1, "missing-mask": 1}
+
+
+def plant_missing_masks(coco):
+    set_in(coco, 0, segmentation=[])
+    set_in(coco, 1, segmentation=None)
+    del coco["annotations"][2]["segmentation"]
+    return {"missing-mask": 3}
+
+
+def plant_missing_areas(coco):
+    set_in(coco, 0, area=None)
+    del coco["annotations"][1]["area"]
+    return {"no-area": 2}
 
 
 def plant_box_outside(coco):
@@ -260,6 +274,29 @@ def test_repairs_change_no_more_than_needed(check, clean):
     assert points.min(0).tolist() == [150, 10] and points.max(0).tolist() == [160, 30]
     assert third["bbox"] == [10, 20, 4, 6]
     assert repaired["annotations"][3:] == clean["annotations"][3:]
+
+
+def test_boxes_alone_are_legal(check, clean):
+    coco = copy.deepcopy(clean)
+    for annotation in coco["annotations"]:
+        del annotation["segmentation"]
+    report, after = check(coco)
+    assert report.problems == 0 and report.repaired == coco and "no-mask" in after.table()
+    del coco["annotations"][0]["area"]
+    box = coco["annotations"][0]["bbox"]
+    assert check(coco)[0].repaired["annotations"][0]["area"] == box[2] * box[3]
+
+
+def test_image_ids_of_text_are_a_problem_in_a_file(check, clean):
+    """COCO's evaluation wants numbers; nothing is dropped for it."""
+    coco = copy.deepcopy(clean)
+    for entry, key in [(i, "id") for i in coco["images"]] + [(a, "image_id") for a in coco["annotations"]]:
+        if entry[key] == 1000001:
+            entry[key] = "first"
+    report, _ = check(coco)
+    assert counts(report) == {"image-id-no-number": 1} and report.repaired == coco
+    with pytest.raises(DataError, match="must be integers"):
+        load_ground_truth(coco, ["bbox"])
 
 
 def test_boxes_may_exceed_by_rounding():

@@ -174,6 +174,22 @@ def test_matching_stays_within_the_class_and_crowds_do_not_count():
     assert pooled_ap(match(coco_gt, [right, other_class], "bbox").values()) == pytest.approx(50)
 
 
+def test_what_counts_neither_way():
+    """A crowd with the id 0, which COCO's matching takes for no match; a box of negative area, which no range of areas has."""
+    a, crowd = (0, 0, 10, 10), (20, 20, 30, 30)
+    coco_gt = truth_of([[(crowd, 1, True), (a, 1, False)]])
+    for annotation in coco_gt.dataset["annotations"]:
+        annotation["id"] -= 1
+    coco_gt = load_ground_truth(coco_gt.dataset, ["bbox"])
+    found = [result(0, crowd, 1, 0.9), result(0, a, 1, 0.5)]
+    assert run_coco_eval(coco_gt, found, "bbox").stats[0] == pytest.approx(1)
+    assert pooled_ap(match(coco_gt, found, "bbox").values()) == pytest.approx(100)
+    coco_gt = truth_of([[(a, 1, False)]])
+    found = [dict(result(0, a, 1, 0.9), bbox=[5.0, 5.0, -3.0, 4.0]), result(0, a, 1, 0.5)]
+    assert run_coco_eval(coco_gt, found, "bbox").stats[0] == pytest.approx(1)
+    assert pooled_ap(match(coco_gt, found, "bbox").values()) == pytest.approx(100)
+
+
 def test_of_an_image_the_hundred_best_count_over_all_classes():
     found = [dict(image_id=i, category_id=1 + n % 3, score=(n * 37 % 151) / 151, n=n) for i in (0, 1) for n in range(150)]
     best = best_of_each_image(found)
@@ -184,6 +200,8 @@ def test_of_an_image_the_hundred_best_count_over_all_classes():
     coco_gt = truth_of([[(a, 1, False)]])
     many = [result(0, (30, 30, 5, 5), 2, 0.9) for _ in range(100)]
     assert pooled_ap(match(coco_gt, [*many, result(0, a, 1, 0.8)], "bbox").values()) == 0
+    unknown = [dict(r, category_id=9) for r in many]  # takes no place among them
+    assert pooled_ap(match(coco_gt, [*unknown, result(0, a, 1, 0.8)], "bbox").values()) == pytest.approx(100)
 
 
 def made_up(seed: int, images: int = 25):
@@ -269,6 +287,12 @@ def test_tool_prints_the_differences(tool, tmp_path, capsys):
     (cell,) = [c for c in json.loads(Path(files["table"]).read_text())["cells"] if (c["T_O"], c["T_P"]) == (0.3, 0.2)]
     assert cell["results"] == {"images": len(images), "bbox": pytest.approx(100), "segm": pytest.approx(100)}
     assert cell["baseline"]["bbox"] == pytest.approx(pooled_ap(base["bbox"][i] for i in images))
+    Path(files["gt"]).write_text(json.dumps(truth_of([objects[0]]).dataset))
+    Path(files["a"]).write_text("[]")
+    assert tool.main(tool.parse_args([*command[:4], "--results", files["a"], "--json", files["table"]])) == 0
+    assert "nan" in (printed := capsys.readouterr().out) and "+nan" not in printed
+    (cell,) = [c for c in json.loads(Path(files["table"]).read_text())["cells"] if (c["T_O"], c["T_P"]) == (0.5, 0.5)]
+    assert cell["baseline"] == {"images": 0, "bbox": None, "segm": None}
 
 
 def test_tool_names_what_it_cannot_use(tool, tmp_path):
@@ -278,6 +302,12 @@ def test_tool_names_what_it_cannot_use(tool, tmp_path):
     gt.write_text(json.dumps({**dataset, "annotations": []}))
     with pytest.raises(DataError, match="no annotations"):
         tool.main(command)
+    results.write_text("[]")
+    without_box = [{key: value for key, value in a.items() if key != "bbox"} for a in dataset["annotations"]]
+    gt.write_text(json.dumps({**dataset, "annotations": without_box}))
+    masks = tool.parse_args(["--gt", str(gt), "--baseline", str(results), "--results", str(results), "--tasks", "segm"])
+    with pytest.raises(DataError, match="Annotation 1 has no 'bbox'"):
+        tool.main(masks)
     gt.write_text(json.dumps(dataset))
     results.write_text("{}")
     with pytest.raises(DataError, match="expected a list, found an object"):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import pytest
 
@@ -11,6 +12,7 @@ from projects.evaluation.coco_files import (
     check_tasks,
     load_ground_truth,
     load_json,
+    load_results,
     write_json_atomically,
 )
 
@@ -128,9 +130,44 @@ def test_masks_of_another_size_or_kind(made_up, encode):
     results[1]["segmentation"] = encode(np.ones((80, 200)))
     with pytest.raises(DataError, match=r"size \[80, 200\] .* says \[160, 200\]"):
         check_results(coco_gt, results, ["segm"])
-    results[1]["segmentation"] = [[0.0, 0.0, 5.0, 0.0, 5.0, 5.0]]
-    with pytest.raises(DataError, match="no compressed RLE"):
-        check_results(coco_gt, results, ["segm"])
+    for segmentation in ([[0.0, 0.0, 5.0, 0.0, 5.0, 5.0]], {"counts": "0"}, None):
+        results[1]["segmentation"] = segmentation
+        with pytest.raises(DataError, match="no compressed RLE"):
+            check_results(coco_gt, results, ["segm"])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"score": None}, "position 1 has no usable score: found None"),
+        ({"score": "0.9"}, "position 1 has no usable score: found '0.9'"),
+        ({"bbox": None}, "no usable bbox: found None"),
+        ({"bbox": [1, 2, 3]}, "no usable bbox"),
+        ({"bbox": [1, 2, 3, "4"]}, "no usable bbox"),
+        ({"keypoints": 7}, "no usable keypoints: found 7"),
+        ({"image_id": [1]}, "no usable image_id"),
+        ({"category_id": None}, "no usable category_id"),
+    ],
+)
+def test_malformed_results_files(made_up, tmp_path, change, words):
+    _, results = made_up
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps([results[0], {**results[1], **change}]))
+    with pytest.raises(DataError, match=f"results.json: the detection at .*{re.escape(words)}"):
+        load_results(path)
+    path.write_text(json.dumps([results[0], {key: value for key, value in results[1].items() if key not in change}]))
+    if change.keys() & {"bbox", "keypoints"}:
+        assert len(load_results(path)) == 2
+    else:
+        with pytest.raises(DataError, match="found none"):
+            load_results(path)
+
+
+@pytest.mark.parametrize(("content", "words"), [("[1]", "found 1"), ("{}", "found an object"), ("[", "JSON")])
+def test_what_is_no_results_file(tmp_path, content, words):
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(DataError, match=f"results.json is no.*{words}"):
+        load_results(tmp_path / "results.json")
 
 
 def test_no_half_written_file_is_left_behind(tmp_path):

@@ -1,7 +1,10 @@
+import json
+
 import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
 from detectron2.data.detection_utils import read_image
 from detectron2.structures import Boxes, BoxMode, Instances
 from PIL import Image
@@ -31,12 +34,29 @@ def records(tmp_path):
     MetadataCatalog.remove(NAME)
 
 
-@pytest.mark.parametrize("count, expected", [(0, []), (2, ["0", "3"]), (6, list("012345")), (99, list("012345"))])
+@pytest.mark.parametrize(
+    "count, expected",
+    [(0, []), (2, ["0", "3"]), (4, list("0134")), (6, list("012345")), (99, list("012345")), (-1, list("012345"))],
+)
 def test_pictures_are_spread_over_the_data_set(records, tmp_path, count, expected):
     writer = PictureWriter(NAME, tmp_path / "pictures", count)
     for record in records:
         writer.process([record], [{"instances": nothing()}])
     assert sorted(path.stem for path in (tmp_path / "pictures").glob("*.png")) == expected
+
+
+def test_images_of_one_name_get_pictures_of_their_own(records, tmp_path):
+    for record, name in zip(records, ("a/1.png", "b/1.png", "1-2.png", "1.jpg", "c/1.png", "2.png"), strict=True):
+        path = tmp_path / "in" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.open(record["file_name"]).save(path)
+        record["file_name"] = str(path)
+    PictureWriter(NAME, tmp_path / "pictures", 6).process(records, [{"instances": nothing()}] * 6)
+    names = {path.stem for path in (tmp_path / "pictures").iterdir()}
+    assert names == {"1", "1-2", "1-2-2", "1-3", "1-4", "2"}
+    (tmp_path / "pictures/1-3.png").unlink()
+    PictureWriter(NAME, tmp_path / "pictures", 6).process(records[3:4], [{"instances": nothing()}])  # whoever evaluates it
+    assert (tmp_path / "pictures/1-3.png").is_file()
 
 
 def test_unusable_ground_truth_is_left_out(records, tmp_path):
@@ -51,6 +71,24 @@ def test_without_ground_truth_the_prediction_alone(records, tmp_path):
     PictureWriter(NAME, tmp_path / "pictures", 2).process(records, [{"instances": nothing()}] * 6)
     alone, beside = (read_image(str(tmp_path / f"pictures/{i}.png"), "RGB") for i in (0, 3))
     assert beside.shape == (alone.shape[0] + TITLE_HEIGHT, 2 * alone.shape[1] + GAP, 3)
+
+
+@pytest.mark.parametrize("annotated", [False, True])
+def test_a_json_without_annotations_is_a_split_without_ground_truth(records, tmp_path, annotated):
+    """Detectron2's loader gives its images empty lists, as it gives those of one in which nothing was found."""
+    images = [{"id": r["image_id"], "file_name": f"{r['image_id']}.png", "height": 40, "width": 60} for r in records]
+    content = {"images": images, "categories": [{"id": 1, "name": "thing"}]} | ({"annotations": []} if annotated else {})
+    (tmp_path / "split.json").write_text(json.dumps(content))
+    register_coco_instances("pictures_of_a_split", {}, str(tmp_path / "split.json"), str(tmp_path))
+    try:
+        loaded = DatasetCatalog.get("pictures_of_a_split")
+        assert all(record["annotations"] == [] for record in loaded)
+        PictureWriter("pictures_of_a_split", tmp_path / "pictures", 1).process(loaded, [{"instances": nothing()}] * 6)
+    finally:
+        DatasetCatalog.remove("pictures_of_a_split")
+        MetadataCatalog.remove("pictures_of_a_split")
+    height, width, _ = read_image(str(tmp_path / "pictures/0.png"), "RGB").shape
+    assert (width > 2 * height) == annotated  # beside each other, or alone
 
 
 def test_semantic_ground_truth_through_the_records_table(records, tmp_path):
