@@ -3,6 +3,7 @@
 Environment variables of the extension's build:
     NO_EXT=1      do not build it: the operators run their PyTorch implementation, which is slower
     FORCE_CUDA=1  build the CUDA kernels where no GPU is visible, for the GPUs in TORCH_CUDA_ARCH_LIST
+    FORCE_CUDA=0  build the CPU kernels alone where a GPU is visible, e.g. without an nvcc of torch's CUDA version
     DEBUG=1       without optimisation, with debug symbols
 """
 
@@ -19,9 +20,10 @@ PACKAGES = ["projects", "maskplus", "maskpoint", "dsg", "ganmask", "casnet"]
 CSRC = Path("projects", "layers", "csrc")
 
 
-def is_on(name):
-    """Whether an environment variable switches something on."""
-    return os.environ.get(name, "0") not in ("", "0")
+def is_on(name, default=False):
+    """Whether an environment variable switches something on; 0 switches it off, without a value it is the default."""
+    value = os.environ.get(name)
+    return value != "0" if value else default
 
 
 def fail(message):
@@ -61,12 +63,13 @@ def extension_arguments():
                 fail(
                     "The C++ extension projects.layers._C could not be built; the compiler's messages are "
                     "above. It needs g++ 9 or later, Python's headers and, with CUDA, an nvcc of the CUDA "
-                    f"version of torch ({torch.version.cuda}) with CUDA_HOME naming its folder. NO_EXT=1 "
-                    "installs without the extension: everything works, the operators are slower."
+                    f"version of torch ({torch.version.cuda}) with CUDA_HOME naming its folder; FORCE_CUDA=0 "
+                    "goes without CUDA. NO_EXT=1 installs without the extension: everything works, the "
+                    "operators are slower."
                 )
 
-    with_cuda = is_on("FORCE_CUDA") or (torch.cuda.is_available() and cpp_extension.CUDA_HOME is not None)
-    if is_on("FORCE_CUDA") and cpp_extension.CUDA_HOME is None:
+    with_cuda = is_on("FORCE_CUDA", default=torch.cuda.is_available() and cpp_extension.CUDA_HOME is not None)
+    if with_cuda and cpp_extension.CUDA_HOME is None:
         fail("FORCE_CUDA=1 needs the CUDA toolkit, and no nvcc was found. Set CUDA_HOME to its folder.")
     optimisation = ["-O0", "-g"] if is_on("DEBUG") else ["-O3"]
     # at::parallel_for is compiled into the extension and needs -fopenmp to use more than one thread. OpenMP's

@@ -230,7 +230,7 @@ def check_extension(
     name, again = "extension", "build it again: make clean setup"
     usable = [path for path in built if any(path.name == f"_C{suffix}" for suffix in suffixes)]
     if not built:
-        slower = "the operators run their slower PyTorch implementation; `make setup` builds it"
+        slower = "the operators run their slower PyTorch implementation; `make clean setup` builds it"
         return Finding(name, "not built", "note", slower)
     if not usable:
         found = f"built for another Python: {', '.join(path.name for path in built)}"

@@ -178,7 +178,7 @@ def files(tmp_path):
 
 def test_extension_is_not_built(files):
     finding = doctor.check_extension([], [files("a.cpp")], SUFFIXES, None, [], [])
-    assert finding.state == "note" and "make setup" in finding.remedy
+    assert finding.state == "note" and "`make clean setup` builds it" in finding.remedy
 
 
 def test_extension_of_another_python(files):

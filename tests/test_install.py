@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import io
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -330,6 +331,23 @@ def test_without_torch_the_build_says_what_to_do(checkout, tmp_path):
     assert switched_off.stdout.split()[-1] == "detectron2-instance-papers"
 
 
+@pytest.mark.parametrize(
+    ("visible", "switch", "with_cuda"),
+    [(True, "", True), (True, "0", False), (True, "1", True), (False, "", False), (False, "0", False), (False, "1", True)],
+)
+def test_which_kernels_are_built(checkout, monkeypatch, visible, switch, with_cuda):
+    found = {}
+    add_source(checkout, "#error")
+    monkeypatch.chdir(checkout)  # setup.py changes there too
+    monkeypatch.setenv("FORCE_CUDA", switch)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: visible)
+    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", "/nowhere/cuda")
+    monkeypatch.setattr("setuptools.setup", lambda **arguments: found.update(arguments))
+    runpy.run_path(str(checkout / "setup.py"))
+    (extension,) = found["ext_modules"]
+    assert (("WITH_CUDA", None) in extension.define_macros) == with_cuda
+
+
 @pytest.mark.slow
 def test_a_failing_build_of_the_extension_is_loud(checkout):
     add_source(checkout, "#error this does not compile")
@@ -440,3 +458,15 @@ def test_make_setup_does_nothing_twice_and_follows_its_switches(made_checkout):
     assert number_of_calls() == 0
     os.utime(made_checkout / ".venv" / ".setup-done", (0, 0))
     assert number_of_calls() == 5
+    assert number_of_calls("NO_EXT=1") == 5
+    assert number_of_calls() == 0
+
+
+def test_make_clean_setup_builds_the_extension_that_was_left_out(made_checkout):
+    """It is the remedy of projects/doctor.py."""
+    python = script(made_checkout / ".venv" / "bin" / "python", 'echo "NO_EXT=$NO_EXT $@" >> calls')
+    assert make(made_checkout, "setup", "CXX=true", "NO_EXT=1").returncode == 0
+    assert "NO_EXT=1 -m pip install --quiet --no-build-isolation" in (made_checkout / "calls").read_text()
+    (made_checkout / "calls").unlink()
+    assert make(made_checkout, "clean", "setup", "CXX=true").returncode == 0
+    assert python.is_file() and "NO_EXT= -m pip install --quiet --no-build-isolation" in (made_checkout / "calls").read_text()
