@@ -174,6 +174,7 @@ def test_matching_stays_within_the_class_and_crowds_do_not_count():
     assert pooled_ap(match(coco_gt, [right, other_class], "bbox").values()) == pytest.approx(50)
 
 
+@pytest.mark.filterwarnings("ignore:Found annotation id 0")
 def test_what_counts_neither_way():
     """A crowd with the id 0, which COCO's matching takes for no match; a box of negative area, which no range of areas has."""
     a, crowd = (0, 0, 10, 10), (20, 20, 30, 30)
