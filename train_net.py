@@ -7,10 +7,14 @@
     torchrun --nproc-per-node 8 train_net.py --config-file CONFIG
 
 Exit codes: 0 done; 2 something in the command, the config, the data or the weights must be put right (one paragraph says
-what); 130 or 143 stopped by SIGINT or SIGTERM after saving (go on with --resume).
+what); 130 or 143 stopped by SIGINT or SIGTERM after saving (go on with --resume). A second signal does not wait for the
+saving.
 """
 
+import os
+import re
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -42,17 +46,7 @@ def setup(args):
     if not args.config_file:
         raise ConfigError("Pass --config-file; the project's configs are in configs/.")
     cfg = load_config(args.config_file, args.opts)
-    available = torch.cuda.device_count()
-    if args.num_gpus is None:
-        args.num_gpus = available if cfg.MODEL.DEVICE.startswith("cuda") else 0
-    if not 0 <= args.num_gpus <= available:
-        raise ConfigError(f"--num-gpus {args.num_gpus}: this machine has {available}. Without the flag all are used.")
-    if args.num_gpus and args.num_procs > 1:
-        raise ConfigError("--num-procs counts CPU processes and does not go with GPUs: add --num-gpus 0, or drop it.")
-    if args.num_procs < 1 or args.num_machines < 1 or not 0 <= args.machine_rank < args.num_machines:
-        raise ConfigError("Expected --num-procs and --num-machines of at least 1, and --machine-rank below --num-machines.")
-    if not args.num_gpus:
-        cfg.MODEL.DEVICE = "cpu"
+    choose_device(args, cfg)
     check_datasets(cfg, stated_keys(args.config_file, args.opts), evaluation_only=args.eval_only)
     for name in cfg.DATASETS.TEST:
         evaluator_builder(name)
@@ -62,10 +56,33 @@ def setup(args):
     return cfg
 
 
+def choose_device(args, cfg) -> None:
+    """Complete --num-gpus from MODEL.DEVICE, and make MODEL.DEVICE what the flags say. Raises ConfigError."""
+    available = torch.cuda.device_count()
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", cfg.MODEL.DEVICE):
+        raise ConfigError(f"MODEL.DEVICE is '{cfg.MODEL.DEVICE}': expected 'cpu', 'cuda', or one GPU by its number, 'cuda:1'.")
+    if args.num_gpus is None:
+        args.num_gpus = {"cpu": 0, "cuda": available}.get(cfg.MODEL.DEVICE, 1)
+    if not 0 <= args.num_gpus <= available:
+        raise ConfigError(f"--num-gpus {args.num_gpus}: this machine has {available}. Without the flag all are used.")
+    if args.num_gpus and args.num_procs > 1:
+        raise ConfigError("--num-procs counts CPU processes and does not go with GPUs: add --num-gpus 0, or drop it.")
+    if args.num_procs < 1 or args.num_machines < 1 or not 0 <= args.machine_rank < args.num_machines:
+        raise ConfigError("Expected --num-procs and --num-machines of at least 1, and --machine-rank below --num-machines.")
+    if not args.num_gpus:
+        cfg.MODEL.DEVICE = "cpu"
+    elif cfg.MODEL.DEVICE == "cpu" or args.num_gpus * args.num_machines > 1 or "LOCAL_RANK" in os.environ:
+        cfg.MODEL.DEVICE = "cuda"  # of each process its own
+    elif cfg.MODEL.DEVICE != "cuda" and int(cfg.MODEL.DEVICE.removeprefix("cuda:")) >= available:
+        raise ConfigError(f"MODEL.DEVICE is '{cfg.MODEL.DEVICE}': this machine has {available} GPUs, counted from 0.")
+
+
 def run(args, cfg) -> int:
     """Train or evaluate in one process of a run."""
     get_cfg()  # registers papers and data sets in processes that were spawned
     register_own_datasets(cfg)
+    if torch.device(cfg.MODEL.DEVICE).index is not None:
+        torch.cuda.set_device(cfg.MODEL.DEVICE)
     folder = Path(cfg.OUTPUT_DIR)  # an evaluation leaves the config and log of the training as they are
     folder = folder / "evaluation" if args.eval_only else folder
     for package in ("projects", *PROJECTS):
@@ -84,6 +101,15 @@ def run(args, cfg) -> int:
     return 0
 
 
+def make_output_dir(folder: str) -> None:
+    """Raises ConfigError when nothing can be written there."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ConfigError(f"OUTPUT_DIR '{folder}' cannot be written ({error}): set it to a folder of yours.") from error
+
+
 def with_output_dir(cfg, folder: Path):
     cfg = cfg.clone()
     cfg.defrost()
@@ -100,6 +126,7 @@ def finish(cfg, results) -> None:
 
 def main(args) -> int:
     cfg = setup(args)
+    make_output_dir(cfg.OUTPUT_DIR)
     return launch(
         run,
         (args, cfg),

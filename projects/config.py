@@ -25,9 +25,20 @@ class Config(CfgNode):
     refused with a :class:`ConfigError`, and so are files that do not exist and keys that nobody reads.
     """
 
+    @classmethod
+    def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict:
+        """As Detectron2's. Raises ConfigError for a file of the chain that holds anything but a mapping."""
+        with cls._open_cfg(filename) as file:
+            content = yaml.compose(file, Loader=yaml.SafeLoader)  # the structure; nothing is constructed
+        if not isinstance(content, yaml.MappingNode):
+            found = f"a {content.id}" if content else "nothing"
+            raise ConfigError(f"Config file '{filename}' holds {found}: expected a mapping, e.g. 'MODEL:' and keys below it.")
+        return super().load_yaml_with_base(filename, allow_unsafe)
+
     def merge_from_file(self, cfg_filename: str, allow_unsafe: bool = False) -> None:
         """Merge a YAML file (with its ``_BASE_`` chain). ``allow_unsafe=True`` is for files you wrote yourself."""
         try:
+            self._refuse_misplaced(self.load_yaml_with_base(cfg_filename, allow_unsafe))
             super().merge_from_file(cfg_filename, allow_unsafe=allow_unsafe)
         except yaml.YAMLError as error:
             raise ConfigError(
@@ -42,6 +53,10 @@ class Config(CfgNode):
     def merge_from_list(self, cfg_list: list) -> None:
         """Merge ``[KEY, VALUE, KEY, VALUE, ...]`` as given at the end of a command line."""
         try:
+            for key, value in zip(cfg_list[0::2], cfg_list[1::2], strict=False):
+                for part in reversed(str(key).split(".")):
+                    value = {part: value}
+                self._refuse_misplaced(value)
             super().merge_from_list(cfg_list)
         except (KeyError, ValueError, AssertionError, TypeError, AttributeError) as error:
             raise ConfigError(f"KEY VALUE overrides: {self._explain(error)}") from error
@@ -53,6 +68,17 @@ class Config(CfgNode):
             path = f"{prefix}{key}"
             keys += Config.keys_in_full(value, f"{path}.") if isinstance(value, CfgNode) else [path]
         return keys
+
+    def _refuse_misplaced(self, values: dict, prefix: str = "") -> None:
+        """Raise ValueError where ``values`` has a value in place of a group of keys, or a group in place of a value."""
+        for key, value in values.items():
+            known, path = self.get(key), f"{prefix}{key}"
+            if isinstance(known, CfgNode) and isinstance(value, dict):
+                Config._refuse_misplaced(known, value, f"{path}.")
+            elif isinstance(known, CfgNode):
+                raise ValueError(f"{path}: expected keys below it, e.g. {path}.{next(iter(known))}; found the value {value!r}.")
+            elif key in self and isinstance(value, dict):
+                raise ValueError(f"{path}: expected a value such as {known!r}; found keys: {', '.join(map(str, value))}.")
 
     def _explain(self, error: Exception) -> str:
         text = one_line(error)
@@ -66,7 +92,7 @@ class Config(CfgNode):
 
 def one_line(error: Exception) -> str:
     """The message of an exception as one line without the quotes that KeyError adds."""
-    return " ".join(str(error).strip("'\"").split())
+    return " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
 
 
 def add_common_config(cfg: CfgNode) -> None:

@@ -13,7 +13,6 @@ import sys
 from pathlib import Path
 
 import torch
-from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
 from projects import load_config
@@ -25,6 +24,7 @@ from projects.engine.launch import guarded
 from projects.engine.safe_loading import load_torch
 from projects.engine.trainer import mixed_precision
 from projects.errors import CheckpointError, UserError
+from projects.modeling.build import build_model
 
 
 def replay(folder: Path, rank: int | None) -> dict[str, float]:

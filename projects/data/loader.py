@@ -154,8 +154,8 @@ def _end_all_workers() -> None:
 class TrainLoader:
     """Iterator over training batches (lists of mapped dicts) that can say where it is and go on from there.
 
-    ``state_dict()`` and ``load_state_dict()`` hold the seed, the number of batches taken, and the number of processes;
-    with another number of processes the stream cannot be the same, which is logged.
+    ``state_dict()`` and ``load_state_dict()`` hold the seed, the number of batches taken, and how many images and processes
+    these had. With another number of either the stream cannot be the same: it goes on after as many images, which is logged.
     """
 
     def __init__(self, records: list[dict], mapper, build_sampler, seed: int, batch_size: int, wide=None, workers=0):
@@ -180,16 +180,22 @@ class TrainLoader:
         self._iterator = None
 
     def state_dict(self) -> dict:
-        return {"seed": self.seed, "batches": self.batches, "processes": comm.get_world_size()}
+        processes = comm.get_world_size()
+        images = self.batch_size * processes
+        return {"seed": self.seed, "batches": self.batches, "processes": processes, "images_per_batch": images}
 
     def load_state_dict(self, state: dict) -> None:
         self.close()
-        self.seed, self.batches = state["seed"], state["batches"]
-        if state["processes"] != comm.get_world_size():
+        now = self.state_dict()
+        before = now | state  # a state without "images_per_batch" counts as this run's
+        self.seed = before["seed"]
+        self.batches = before["batches"] * before["images_per_batch"] // now["images_per_batch"]
+        if any(before[key] != now[key] for key in ("processes", "images_per_batch")):
             logger.warning(
-                "The checkpoint comes from %d processes, this run has %d: training goes on, but not with the batches that "
-                "the original run would have seen.", state["processes"], comm.get_world_size(),
-            )  # fmt: skip
+                "The checkpoint comes from %d processes and %d images per batch, this run has %d and %d: training goes on "
+                "after as many images, but not with the batches that the original run would have seen.",
+                *(state[key] for state in (before, now) for key in ("processes", "images_per_batch")),
+            )
 
 
 def load_records(cfg: CfgNode) -> list[dict]:

@@ -28,13 +28,14 @@ class Checkpointer(DetectionCheckpointer):
     - Files are loaded without running code; ``trust=True`` lifts that.
     - ``save`` writes beside the target and renames, so that a file under its final name is always whole.
     - ``resume`` takes the newest file that is whole and names those that are not.
-    - ``unloaded`` lists after a load the parameters that the file did not fill.
+    - ``unloaded`` lists after a load the parameters that the file did not fill, ``resumed_from`` is the file of ``resume``.
     """
 
     def __init__(self, model, save_dir: str = "", *, trust: bool = False, **checkpointables):
         super().__init__(model, save_dir, **checkpointables)
         self.trust = trust
         self.unloaded: list[str] = []
+        self.resumed_from: Path | None = None
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Write ``{save_dir}/{name}.pth`` (model, checkpointables, kwargs) from the main process."""
@@ -97,6 +98,7 @@ class Checkpointer(DetectionCheckpointer):
             except (ValueError, RuntimeError) as error:
                 raise CheckpointError(f"'{path}' does not fit this config: {error}") from error
             self.refuse_unloaded(str(path))
+            self.resumed_from = path
             return state
         if failures:
             raise CheckpointError(
@@ -114,11 +116,21 @@ class Checkpointer(DetectionCheckpointer):
                 "every run leaves it as config.yaml in its OUTPUT_DIR."
             )
 
+    def refuse_random(self, path: str) -> None:
+        """Raise CheckpointError when the last load of a file filled no parameter at all."""
+        if path and len(self.unloaded) == len(list(self.model.parameters())):
+            raise CheckpointError(
+                f"MODEL.WEIGHTS '{path}' fills none of the model's {len(self.unloaded)} parameters: no name and shape agrees. "
+                "Set it to weights of this architecture or of its backbone, or to '' to start from random weights."
+            )
+
     def continue_after_final(self, iteration: int) -> None:
-        """``model_final.pth`` becomes the periodic checkpoint of its iteration, since it is the last one no more."""
+        """``model_final.pth`` is the last one no more: it becomes the periodic checkpoint of its iteration, or, when
+        ``resume`` passed it over, ``model_final.pth.damaged``."""
         final = Path(self.save_dir) / "model_final.pth"
         if self.save_to_disk and final.is_file():
-            final.rename(final.with_name(f"model_{iteration:07d}.pth"))
+            whole = self.resumed_from == final
+            final.rename(final.with_name(f"model_{iteration:07d}.pth" if whole else "model_final.pth.damaged"))
 
     def remove_old(self, kept: int) -> None:
         """Delete periodic checkpoints but for the newest ``kept`` ones."""
@@ -188,14 +200,15 @@ def write_atomically(path: Path, write) -> None:
 
 
 def rng_state() -> dict[str, Any]:
-    """The states of torch's (CPU and current GPU), numpy's and Python's generators, as tensors and plain values."""
+    """The states of torch's (CPU, and current GPU in a run that uses one), numpy's and Python's generators, as tensors and
+    plain values."""
     _, keys, position, has_gauss, gauss = np.random.get_state()
     state = {
         "torch": torch.get_rng_state(),
         "numpy": [torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss],
         "python": random.getstate(),
     }
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
 
@@ -207,7 +220,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
     np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), position, has_gauss, gauss))
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
-    if "cuda" in state and torch.cuda.is_available():
+    if "cuda" in state and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(state["cuda"])
 
 

@@ -81,11 +81,10 @@ def check_finite(means: dict[str, float], losses: dict[str, torch.Tensor], batch
         write_atomically(folder / "config.yaml", lambda file: file.write(cfg.dump().encode()))
         context["save_weights"](folder / "model.pth")
     comm.synchronize()
-    all_ids = comm.gather(ids)
-    where = f" Image ids by process: {all_ids}." if comm.is_main_process() else ""
+    all_ids = comm.all_gather(ids)  # so that every process has the same message
     raise DivergedError(
-        f"Training diverged in iteration {context['iteration']}: {', '.join(bad)} not finite.{where} The weights before this "
-        f"step and what reproduces it are in '{folder}': run `python tools/replay_divergence.py {folder}`. Usual remedies: a "
-        "lower SOLVER.BASE_LR, a longer SOLVER.WARMUP_ITERS, SOLVER.CLIP_GRADIENTS.ENABLED True, data without defects "
-        "(tools/validate_dataset.py)."
+        f"Training diverged in iteration {context['iteration']}: {', '.join(bad)} not finite. Image ids by process: {all_ids}. "
+        f"The weights before this step and what reproduces it are in '{folder}': run `python tools/replay_divergence.py "
+        f"{folder}`. Usual remedies: a lower SOLVER.BASE_LR, a longer SOLVER.WARMUP_ITERS, SOLVER.CLIP_GRADIENTS.ENABLED True, "
+        "data without defects (tools/validate_dataset.py)."
     )

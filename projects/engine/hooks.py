@@ -23,16 +23,21 @@ logger = logging.getLogger(__name__)
 
 
 class PeriodicCheckpoint(HookBase):
-    """Save every ``period`` iterations, keeping the last ``kept`` files, and ``model_final.pth`` at the end."""
+    """Save every ``period`` iterations, keeping the last ``kept`` files, and ``model_final.pth`` at the end.
 
-    def __init__(self, period: int, kept: int):
-        self.period, self.kept = period, kept
+    Stands before the evaluation hook and saves before each evaluation (every ``eval_period`` iterations; 0: none), so that
+    whatever ends an evaluation, no iteration is lost.
+    """
+
+    def __init__(self, period: int, kept: int, eval_period: int = 0):
+        self.periods = [p for p in (period, eval_period) if p > 0]
+        self.kept = kept
 
     def after_step(self):
-        last = self.trainer.iter + 1 >= self.trainer.max_iter
-        if last:
+        done = self.trainer.iter + 1
+        if done >= self.trainer.max_iter:
             self.trainer.save("model_final")
-        elif (self.trainer.iter + 1) % self.period == 0:
+        elif any(done % period == 0 for period in self.periods):
             self.trainer.save_periodic()
             self.trainer.checkpointer.remove_old(self.kept)
 
@@ -140,9 +145,10 @@ class Progress(EventWriter):
 
 
 def peak_memory() -> str:
-    """The most memory this process has used so far: of the GPU when there is one, else resident."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.max_memory_allocated() / 2**20:.0f} MiB (GPU)"
+    """The most memory this process has used so far: of the GPU when it uses one, else resident."""
+    on_gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
+    if on_gpu:
+        return f"{on_gpu / 2**20:.0f} MiB (GPU)"
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20:.0f} MiB"
 

@@ -1,8 +1,8 @@
-"""SOLVER.OPTIMIZER by name, under Detectron2's rules for parameter groups and gradient clipping."""
+"""Optimizer and learning rate schedule, under Detectron2's rules for parameter groups, clipping and warm-up."""
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
+from detectron2.solver.build import build_lr_scheduler, get_default_optimizer_params, maybe_add_gradient_clipping
 
 from projects.errors import ConfigError
 
@@ -29,3 +29,14 @@ def build_optimizer(cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimiz
         weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
     )
     return maybe_add_gradient_clipping(cfg, kind)(parameters, lr=solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY, **arguments)
+
+
+def build_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer):
+    """Detectron2's schedule of the learning rate. Raises ConfigError for names and steps that it does not accept."""
+    try:
+        return build_lr_scheduler(cfg, optimizer)
+    except ValueError as error:
+        raise ConfigError(
+            f"The learning rate schedule cannot be built ({error}): expected SOLVER.LR_SCHEDULER_NAME 'WarmupMultiStepLR' or "
+            "'WarmupCosineLR', SOLVER.WARMUP_METHOD 'linear' or 'constant', and SOLVER.STEPS in ascending order."
+        ) from error

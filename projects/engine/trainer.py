@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, TrainerBase, create_ddp_model, hooks
-from detectron2.solver import build_lr_scheduler
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from detectron2.utils.registry import Registry
@@ -22,9 +22,11 @@ from projects.modeling.build import build_model
 from .checkpoint import STRIPPED, Checkpointer, rng_preserved, rng_state, set_rng_state
 from .divergence import check_finite, mean_over_processes
 from .hooks import BestCheckpoint, LossCurves, PeriodicCheckpoint, PreciseBN, build_writers
-from .optimizer import build_optimizer
+from .optimizer import build_optimizer, build_scheduler
 
 logger = logging.getLogger(__name__)
+
+ONE_SIGNAL = 1.0  # seconds: one Ctrl-C comes from the terminal and from the launcher, and is not two
 
 TRAINER_REGISTRY = Registry("TRAINER")
 TRAINER_REGISTRY.__doc__ = """
@@ -54,18 +56,20 @@ class StandardTrainer(TrainerBase):
         super().__init__()
         self.cfg = cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         self.max_iter = cfg.SOLVER.MAX_ITER
+        for key in ("MAX_ITER", "CHECKPOINT_PERIOD", "LOG_PERIOD"):
+            if cfg.SOLVER[key] < 1:
+                raise ConfigError(f"SOLVER.{key} is {cfg.SOLVER[key]}: expected a number of iterations of at least 1.")
+        if cfg.INPUT.MASK_FORMAT not in ("polygon", "bitmask"):
+            raise ConfigError(f"INPUT.MASK_FORMAT is '{cfg.INPUT.MASK_FORMAT}': expected 'polygon' or 'bitmask'.")
         if self.max_iter <= cfg.SOLVER.WARMUP_ITERS:
             logger.warning(
                 "SOLVER.MAX_ITER is %d and SOLVER.WARMUP_ITERS %d: the learning rate never rises to SOLVER.BASE_LR.",
                 self.max_iter,
                 cfg.SOLVER.WARMUP_ITERS,
             )
-        for key in ("CHECKPOINT_PERIOD", "LOG_PERIOD"):
-            if cfg.SOLVER[key] < 1:
-                raise ConfigError(f"SOLVER.{key} is {cfg.SOLVER[key]}: expected a number of iterations of at least 1.")
         self.model = build_model(cfg)
         self.optimizer = build_optimizer(cfg, self.model)
-        self.scheduler = build_lr_scheduler(cfg, self.optimizer)
+        self.scheduler = build_scheduler(cfg, self.optimizer)
         self.loader = build_train_loader(cfg, cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed())
         self.autocast, self.scaler = mixed_precision(cfg)
         self.parallel_model = wrap_for_processes(self.model)
@@ -73,6 +77,8 @@ class StandardTrainer(TrainerBase):
         self.stopped_by: int | None = None
         self.results: Mapping = {}
         self._signal: int | None = None
+        self._signal_time = 0.0
+        self._evaluating = False
 
     def checkpointables(self) -> dict:
         """What a checkpoint holds beside the model: name -> object with ``state_dict`` and ``load_state_dict``."""
@@ -84,7 +90,7 @@ class StandardTrainer(TrainerBase):
         built = [
             hooks.IterationTimer(),
             PreciseBN(cfg, self.loader.seed) if cfg.TEST.PRECISE_BN.ENABLED else None,
-            PeriodicCheckpoint(cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.CHECKPOINTS_KEPT),
+            PeriodicCheckpoint(cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.CHECKPOINTS_KEPT, cfg.TEST.EVAL_PERIOD),
             hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self.evaluate),
         ]
         if cfg.TEST.BEST_METRIC:
@@ -109,6 +115,7 @@ class StandardTrainer(TrainerBase):
                 for leftover in ("metrics.json", "best.json", "model_best.pth"):
                     (Path(self.cfg.OUTPUT_DIR) / leftover).unlink(missing_ok=True)
             self.checkpointer.load(self.cfg.MODEL.WEIGHTS, checkpointables=[])
+            self.checkpointer.refuse_random(self.cfg.MODEL.WEIGHTS)
             comm.synchronize()
             return
         if STRIPPED in state:
@@ -129,13 +136,14 @@ class StandardTrainer(TrainerBase):
     def train(self) -> None:
         """Train from ``start_iter`` to ``max_iter``, or until SIGINT or SIGTERM: then the iteration is finished and saved.
 
-        A second signal does not wait for that.
+        A second signal does not wait for that, and neither does one in an evaluation, before which everything is saved: they
+        raise ``KeyboardInterrupt(number of the signal)``.
         """
-        logger.info("Training from iteration %d to %d", self.start_iter, self.max_iter)
         if 0 < self.start_iter < self.max_iter:
             self.checkpointer.continue_after_final(self.start_iter - 1)
         self.register_hooks(self.build_hooks())
         previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        logger.info("Training from iteration %d to %d", self.start_iter, self.max_iter)
         self.parallel_model.train()
         self.iter = self.start_iter
         with EventStorage(self.start_iter) as self.storage:
@@ -152,12 +160,22 @@ class StandardTrainer(TrainerBase):
                         break
                 else:
                     self.iter, self.stopped_by = self.max_iter, None  # tells the hooks that training is complete
+                self.loader.close()
+                self.after_train()
+            except BaseException:
+                self.close_writers()
+                raise
             finally:
                 for number, handler in previous.items():
                     signal.signal(number, handler)
                 self.loader.close()
-                self.after_train()
         comm.synchronize()
+
+    def close_writers(self) -> None:
+        """After an exception: the hooks that write what there is. The others need a whole model, or all processes."""
+        for hook in self._hooks:
+            if isinstance(hook, (hooks.PeriodicWriter, LossCurves)):
+                hook.after_train()
 
     def run_step(self) -> None:
         states = rng_state()
@@ -203,17 +221,27 @@ class StandardTrainer(TrainerBase):
         """Evaluate on DATASETS.TEST, unless training is about to stop. Leaves generators and the model's mode as they were."""
         if self.stopped_by is not None:
             return {}
-        with rng_preserved():
-            self.results = evaluate(self.cfg, self.model)
-            if self.cfg.TEST.VALIDATION_LOSS:
-                last = min(self.iter, self.max_iter - 1)  # which the iteration is, but for the evaluation at the end
-                self.storage.put_scalars(**validation_losses(self.cfg, self.model, last), smoothing_hint=False)
+        if self._signal is not None:
+            raise KeyboardInterrupt(self._signal)
+        self._evaluating = True
+        try:
+            with rng_preserved():
+                share_buffers(self.model)
+                self.results = evaluate(self.cfg, self.model)
+                if self.cfg.TEST.VALIDATION_LOSS:
+                    last = min(self.iter, self.max_iter - 1)  # which the iteration is, but for the evaluation at the end
+                    self.storage.put_scalars(**validation_losses(self.cfg, self.model, last), smoothing_hint=False)
+        finally:
+            self._evaluating = False
         return self.results
 
     def _on_signal(self, number: int, frame) -> None:
-        if self._signal is not None:
-            raise KeyboardInterrupt
-        self._signal = number
+        now = time.monotonic()
+        if self._signal is not None and now - self._signal_time < ONE_SIGNAL:
+            return
+        first, self._signal, self._signal_time = self._signal is None, number, now
+        if self._evaluating or not first:
+            raise KeyboardInterrupt(number)
         logger.warning("Got %s: finishing this iteration, then saving.", signal.Signals(number).name)
 
 
@@ -242,3 +270,10 @@ def wrap_for_processes(model: torch.nn.Module) -> torch.nn.Module:
     on_gpu = next(model.parameters()).is_cuda
     device_ids = [comm.get_local_rank()] if on_gpu else None
     return create_ddp_model(model, broadcast_buffers=batch_norm, device_ids=device_ids)
+
+
+def share_buffers(model: torch.nn.Module) -> None:
+    """Give all processes the buffers of the first one, which is what DistributedDataParallel does before each step only."""
+    if comm.get_world_size() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)

@@ -47,7 +47,19 @@ def test_divergence_in_one_process_stops_both(run_two):
 def test_error_in_one_process_ends_both(run_two):
     done, _ = run_two("user_error", "SOLVER.MAX_ITER", 3)
     assert done.returncode == 2, done.stderr
-    assert "only this process reads" in done.stderr
+    assert "an image that cannot be read" in done.stderr
+
+
+def test_error_in_both_is_printed_once(run_two):
+    done, _ = run_two("user_error_in_both", "SOLVER.MAX_ITER", 3)
+    assert done.returncode == 2 and done.stderr.count("error: an image that cannot be read") == 1, done.stderr
+
+
+def test_evaluation_sees_the_same_batch_norm_everywhere(run_two):
+    done, folder = run_two("batch_norm", "SOLVER.MAX_ITER", 2, "MODEL.RESNETS.NORM", "BN")
+    assert done.returncode == 0, done.stderr
+    evaluated = json.loads((folder / "result.json").read_text())["evaluated"]
+    assert evaluated["equal"] == 1.0 and evaluated["statistics"] > 20
 
 
 def test_signal_to_the_launcher_saves_and_says_so(run_two):

@@ -13,7 +13,8 @@ import pytest
 import torch
 from detectron2.data import MetadataCatalog
 
-from projects.engine.launch import guarded
+from projects.engine.launch import guarded, launch
+from projects.errors import ConfigError
 
 REPO = Path(__file__).resolve().parents[2]
 SHAPES = str(REPO / "configs/baseline/shapes_mask_rcnn_R_18_FPN.yaml")
@@ -48,6 +49,14 @@ def train_net():
         (["SOLVER.LOG_PERIOD", "-1"], "SOLVER.LOG_PERIOD is -1"),
         (["DATASETS.REGISTER", "[['shapes_val', 'a.json', 'b']]"], "'shapes_val' already"),
         (["MODEL.WEIGHTS", "nowhere.pth"], "no weights file 'nowhere.pth'"),
+        (["MODEL.DEVICE", "gpu"], "MODEL.DEVICE is 'gpu'"),
+        (["MODEL", "3"], "MODEL: expected keys below it"),
+        (["SOLVER.MAX_ITER", "0"], "SOLVER.MAX_ITER is 0"),
+        (["SOLVER.LR_SCHEDULER_NAME", "Cosine"], "Cosine"),
+        (["SOLVER.WARMUP_METHOD", "slow"], "SOLVER.WARMUP_METHOD 'linear' or 'constant'"),
+        (["MODEL.RESNETS.NORM", "XX"], "MODEL.RESNETS.NORM: there is no 'XX'"),
+        (["INPUT.MASK_FORMAT", "rle"], "INPUT.MASK_FORMAT is 'rle'"),
+        (["OUTPUT_DIR", "/proc/x"], "OUTPUT_DIR '/proc/x' cannot be written"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -56,6 +65,68 @@ def test_wrong_input_is_a_paragraph_and_exit_code_2(train_net, tiny_opts, capsys
     assert guarded(train_net.main, train_net.parse_args(["--config-file", SHAPES, *opts])) == 2
     message = capsys.readouterr().err.split("error: ")[-1].strip()
     assert expected in message and "Traceback" not in message and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (["MODEL.RESNETS.NORM", "XX"], "MODEL.RESNETS.NORM: there is no 'XX'"),
+        (["OUTPUT_DIR", "/proc/x"], "OUTPUT_DIR '/proc/x' cannot be written"),
+        (["MODEL.META_ARCHITECTURE", "MyModel"], "MyModel"),
+        (["MODEL.WEIGHTS", "nowhere.pth"], "no weights file 'nowhere.pth'"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_evaluation_says_what_is_wrong_as_training_does(train_net, tiny_opts, capsys, arguments, expected):
+    test_wrong_input_is_a_paragraph_and_exit_code_2(train_net, ["--eval-only", *tiny_opts], capsys, arguments, expected)
+
+
+@pytest.mark.parametrize(
+    "flags, device, expected",
+    [
+        ([], "cpu", ("cpu", 0)),
+        ([], "cuda", ("cuda", 4)),
+        ([], "cuda:1", ("cuda:1", 1)),
+        (["--num-gpus", "1"], "cpu", ("cuda", 1)),
+        (["--num-gpus", "1"], "cuda:3", ("cuda:3", 1)),
+        (["--num-gpus", "2"], "cuda:1", ("cuda", 2)),
+        (["--num-gpus", "1", "--num-machines", "2"], "cuda:1", ("cuda", 1)),
+        (["--num-gpus", "0"], "cuda:1", ("cpu", 0)),
+        ([], "cuda:4", "has 4 GPUs"),
+    ],
+)
+def test_device_is_what_the_flags_say(train_net, tiny_cfg, monkeypatch, flags, device, expected):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    cfg, args = tiny_cfg(), train_net.parse_args(flags)
+    cfg.MODEL.DEVICE = device
+    if isinstance(expected, str):
+        with pytest.raises(ConfigError, match=expected):
+            train_net.choose_device(args, cfg)
+        return
+    train_net.choose_device(args, cfg)
+    assert (cfg.MODEL.DEVICE, args.num_gpus) == expected
+
+
+def test_torchrun_gives_each_process_its_gpu(train_net, tiny_cfg, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    for name, value in {"LOCAL_RANK": 1, "RANK": 1, "WORLD_SIZE": 8, "LOCAL_WORLD_SIZE": 8}.items():
+        monkeypatch.setenv(name, str(value))
+    cfg = tiny_cfg()
+    cfg.MODEL.DEVICE = "cuda:1"
+    train_net.choose_device(train_net.parse_args(["--num-gpus", "1"]), cfg)
+    assert cfg.MODEL.DEVICE == "cuda"
+    with pytest.raises(ConfigError, match="torchrun started 8 processes on this machine, which has 4 GPUs"):
+        launch(print, (), processes=1, use_gpu=True)
+
+
+def test_torchrun_prints_an_error_once(tiny_opts, run_script):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+    for opts in (["DATASETS.TRAIN", "()"], ["SOLVER.OPTIMIZER", "Lion"]):  # before the processes join, and after
+        done = subprocess.run(
+            [sys.executable, *map(str, torchrun), *command(tiny_opts)[1:], *opts],
+            env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240,
+        )  # fmt: skip
+        assert done.returncode and done.stderr.count("\nerror: ") == 1, done.stderr
 
 
 def test_data_of_no_known_kind(train_net, tiny_opts, capsys, monkeypatch):
@@ -130,19 +201,41 @@ def test_a_folder_with_checkpoints_is_refused_and_left_alone(train_net, tiny_opt
     assert (folder / "config.yaml").read_text() == "earlier"
 
 
-def test_signal_to_the_whole_group_saves(tiny_opts, tmp_path):
-    opts = ["SOLVER.MAX_ITER", 10_000, "DATASETS.TEST", "()", "DATALOADER.NUM_WORKERS", 2]
-    with open(tmp_path / "log", "w") as log:
+def start_and_wait_for(line: str, arguments: list[str], log: Path) -> subprocess.Popen:
+    """train_net.py in a process group of its own, as on a terminal; returns when its log holds the line."""
+    with open(log, "w") as file:
         running = subprocess.Popen(
-            command(tiny_opts) + list(map(str, opts)), stdout=log, stderr=log, start_new_session=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-    deadline = time.time() + 120
-    while "iteration 3/" not in (tmp_path / "log").read_text() and time.time() < deadline and running.poll() is None:
+            arguments, stdout=file, stderr=file, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+    deadline = time.time() + 240
+    while line not in log.read_text() and time.time() < deadline and running.poll() is None:
         time.sleep(0.05)
-    os.killpg(running.pid, signal.SIGTERM)
-    assert running.wait(60) == 143, (tmp_path / "log").read_text()[-2000:]
+    return running
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_signal_to_the_whole_group_saves(tiny_opts, tmp_path, processes, number):
+    opts = ["SOLVER.MAX_ITER", 10_000, "DATASETS.TEST", "()", "DATALOADER.NUM_WORKERS", 2 // processes]
+    arguments = command(tiny_opts, "--num-procs", processes) + list(map(str, opts))
+    running = start_and_wait_for("iteration 3/", arguments, tmp_path / "log")
+    os.killpg(running.pid, number)
+    assert running.wait(60) == 128 + number, (tmp_path / "log").read_text()[-2000:]
     assert list((tmp_path / "output").glob("model_0*.pth"))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_second_ctrl_c_does_not_wait(tiny_opts, tmp_path, processes):
+    slow = ["SOLVER.IMS_PER_BATCH", 400, "DATASETS.TEST", "()", "DATALOADER.NUM_WORKERS", 0]
+    arguments = command(tiny_opts, "--num-procs", processes) + list(map(str, slow))
+    running = start_and_wait_for("Training from iteration 0", arguments, tmp_path / "log")
+    for _ in range(2):
+        time.sleep(1.5)  # the other process needs a moment, and two signals at once are one
+        assert running.poll() is None, (tmp_path / "log").read_text()[-2000:]
+        os.killpg(running.pid, signal.SIGINT)
+    assert running.wait(60) == 130, (tmp_path / "log").read_text()[-2000:]
+    assert not list((tmp_path / "output").glob("model_*.pth"))
+    assert "Traceback" not in (tmp_path / "log").read_text()
 
 
 def command(tiny_opts, *more) -> list[str]:
@@ -214,4 +307,5 @@ def test_real_photographs_train_and_evaluate(real_coco_root, run_script, tmp_pat
     curve = [row["total_loss"] for row in rows if "total_loss" in row]
     assert len(curve) == 8 and sum(curve[-3:]) < 0.8 * sum(curve[:3])
     assert json.loads((tmp_path / "results.json").read_text())["bbox"]["AP"] >= 0
+    assert json.loads((tmp_path / "evaluation/coco_2017_train/coco_instances_results.json").read_text())
     assert len(list(tmp_path.glob("evaluation/coco_2017_train/pictures/*.png"))) == 2

@@ -1,3 +1,5 @@
+import contextlib
+import importlib.util
 import json
 import re
 import signal
@@ -10,7 +12,10 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.utils.events import EventStorage
 
+from projects.engine.checkpoint import rng_state, set_rng_state
 from projects.engine.divergence import DivergedError
+from projects.engine.hooks import peak_memory
+from projects.engine.launch import guarded
 from projects.engine.optimizer import build_optimizer
 from projects.engine.trainer import StandardTrainer
 from projects.errors import CheckpointError, ConfigError
@@ -95,6 +100,99 @@ def test_a_finished_run_can_go_on(tiny_cfg, tmp_path):
     assert run(longer, resume=True).start_iter == 4
 
 
+def test_a_damaged_final_is_set_aside(tiny_cfg, tmp_path):
+    opts = ["DATASETS.TEST", (), "SOLVER.CHECKPOINT_PERIOD", 2]
+    run(tiny_cfg("SOLVER.MAX_ITER", 3, *opts))
+    folder = tmp_path / "output"
+    final = folder / "model_final.pth"
+    final.write_bytes(final.read_bytes()[:1000])
+    interrupted = run(tiny_cfg("SOLVER.MAX_ITER", 9, *opts), resume=True, stop_after=2)
+    assert interrupted.start_iter == 2
+    names = {path.name for path in folder.glob("model_*")}
+    assert names == {"model_0000001.pth", "model_0000002.pth", "model_final.pth.damaged"}
+    assert all(torch.load(path, weights_only=True) for path in folder.glob("model_0*.pth"))
+
+
+def evaluated_instead(monkeypatch, function) -> None:
+    monkeypatch.setattr("projects.engine.trainer.evaluate", lambda cfg, model: function() or {})
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_signal_in_an_evaluation_ends_it_and_loses_nothing(tiny_cfg, tmp_path, monkeypatch, number):
+    opts = ["SOLVER.MAX_ITER", 4, "TEST.EVAL_PERIOD", 2, "DATALOADER.NUM_WORKERS", 0]
+    evaluated_instead(monkeypatch, lambda: None)
+    whole = run(tiny_cfg(*opts, "OUTPUT_DIR", str(tmp_path / "whole")))
+    cfg = tiny_cfg(*opts, "OUTPUT_DIR", str(tmp_path / "parts"))
+    after = []
+    evaluated_instead(monkeypatch, lambda: signal.raise_signal(number) or after.append("the signal"))
+    for _ in range(2):  # a periodic evaluation and the last one
+        assert guarded(run, cfg, True) == 128 + number
+    assert not after
+    evaluated_instead(monkeypatch, lambda: None)
+    parts = run(cfg, resume=True)
+    assert parts.start_iter == 4
+    expected, found = state_of(whole), state_of(parts)
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+
+
+def test_one_signal_that_comes_twice_is_one(tiny_cfg, monkeypatch):
+    trainer = StandardTrainer(tiny_cfg("SOLVER.MAX_ITER", 4, "DATASETS.TEST", ()))
+    step = trainer.run_step
+
+    def signalled_twice():
+        for _ in range(2):
+            signal.raise_signal(signal.SIGINT)
+        step()
+
+    trainer.run_step = signalled_twice
+    trainer.train()
+    assert trainer.stopped_by == signal.SIGINT and trainer.iter == 0
+
+
+def test_after_an_error_nothing_is_evaluated_and_the_curves_are_written(tiny_cfg, tmp_path, monkeypatch):
+    evaluated = []
+    evaluated_instead(monkeypatch, lambda: evaluated.append(1))
+    trainer = StandardTrainer(tiny_cfg("SOLVER.MAX_ITER", 2, "SOLVER.LOG_PERIOD", 10))
+    step = trainer.run_step
+
+    def fails_in_the_last_iteration():
+        step()
+        if trainer.iter == 1:
+            raise RuntimeError("in the last iteration")
+
+    trainer.run_step = fails_in_the_last_iteration
+    with pytest.raises(RuntimeError, match="in the last iteration"):
+        trainer.train()
+    assert not evaluated
+    assert losses(tmp_path / "output").keys() == {1} and (tmp_path / "output/losses.png").is_file()
+
+
+def test_weights_that_fill_nothing_are_refused(tiny_cfg, tmp_path):
+    torch.save({"model": {"another.weight": torch.zeros(3)}}, tmp_path / "another.pth")
+    with pytest.raises(CheckpointError, match="another.pth' fills none of the model's"):
+        run(tiny_cfg("MODEL.WEIGHTS", str(tmp_path / "another.pth")))
+
+
+@pytest.mark.parametrize("images", [1, 4])
+def test_resuming_with_another_batch_size_goes_on_after_as_many_images(tiny_cfg, caplog, images):
+    opts = ["DATALOADER.ASPECT_RATIO_GROUPING", False, "DATALOADER.NUM_WORKERS", 0]
+    before = StandardTrainer(tiny_cfg(*opts, "SOLVER.IMS_PER_BATCH", 2)).loader
+    seen = [sample["drawn_as"] for _ in range(6) for sample in next(before)]
+    loader = StandardTrainer(tiny_cfg(*opts, "SOLVER.IMS_PER_BATCH", images)).loader
+    state = StandardTrainer(tiny_cfg(*opts, "SOLVER.IMS_PER_BATCH", 2)).loader.state_dict() | {"batches": 4}
+    loader.load_state_dict(state)
+    assert [sample["drawn_as"] for _ in range(4 // images) for sample in next(loader)] == seen[8:]
+    assert f"2 images per batch, this run has 1 and {images}" in caplog.text
+
+
+def test_a_cpu_run_leaves_the_gpu_alone(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    state = rng_state()
+    assert "cuda" not in state
+    set_rng_state(state | {"cuda": torch.zeros(16, dtype=torch.uint8)})
+    assert not torch.cuda.is_initialized() and "GPU" not in peak_memory()
+
+
 def test_resuming_another_model_is_refused(tiny_cfg):
     run(tiny_cfg("SOLVER.MAX_ITER", 1, "DATASETS.TEST", ()))
     with pytest.raises(CheckpointError, match="do not fit this config|does not fit this config"):
@@ -157,6 +255,20 @@ def test_diverging_loss_is_named_and_can_be_replayed(tiny_cfg, tmp_path):
         [sys.executable, REPO / "tools/replay_divergence.py", folder], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0 and re.search(r"\b(nan|inf|NaN)\b", done.stdout), done.stdout + done.stderr
+
+
+def test_replay_builds_the_model_as_training_did(tiny_cfg, tmp_path, monkeypatch):
+    cfg = tiny_cfg("SOLVER.MAX_ITER", 6, "SOLVER.BASE_LR", 1e20, "DATASETS.TEST", (), "MODEL.FAST_ROI_ALIGN", True)
+    with pytest.raises(DivergedError):
+        run(cfg)
+    replaced = []
+    monkeypatch.setattr("projects.modeling.build.replace_roi_align", replaced.append)
+    spec = importlib.util.spec_from_file_location("replay_divergence", REPO / "tools/replay_divergence.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    with contextlib.suppress(FloatingPointError):
+        tool.replay(next((tmp_path / "output").glob("diverged_*")), None)
+    assert len(replaced) == 1
 
 
 def test_weights_after_divergence_are_those_before_the_step(tiny_cfg, tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
 from projects import load_config
+from projects.engine import trainer as trainer_module
 from projects.engine.divergence import mean_over_processes
 from projects.engine.launch import launch
 from projects.engine.trainer import StandardTrainer
@@ -47,7 +48,14 @@ def second_process_only(change):
 
 
 def broken(_):
-    raise DataError("an image that only this process reads")
+    raise DataError("an image that cannot be read")
+
+
+def same_statistics(cfg, model: torch.nn.Module) -> dict:
+    """Stands for the evaluation."""
+    statistics = [buffer for name, buffer in model.named_buffers() if "running" in name]
+    everywhere = comm.all_gather(torch.cat(statistics))
+    return {"evaluated": {"equal": float(torch.equal(*everywhere)), "statistics": len(statistics)}}
 
 
 def case(name: str, config: str, folder: str) -> int:
@@ -69,6 +77,10 @@ def case(name: str, config: str, folder: str) -> int:
     elif name == "user_error":
         change = second_process_only(broken)
         trainer.parallel_model.forward = lambda batch: forward(change(batch))
+    elif name == "user_error_in_both":
+        trainer.parallel_model.forward = lambda batch: comm.synchronize() or broken(batch)
+    elif name == "batch_norm":
+        trainer_module.evaluate = same_statistics
     elif name == "signal" and comm.get_rank() == 0:
         threading.Timer(1.0, os.kill, (os.getppid(), signal.SIGTERM)).start()
     trainer.train()
@@ -76,7 +88,7 @@ def case(name: str, config: str, folder: str) -> int:
     everywhere = comm.gather(weights)
     if comm.is_main_process():
         equal = all(torch.equal(weights, other) for other in everywhere)
-        (Path(folder) / "result.json").write_text(json.dumps({"equal": equal, "iterations": trainer.iter}))
+        (Path(folder) / "result.json").write_text(json.dumps({"equal": equal, "iterations": trainer.iter, **trainer.results}))
     return 0 if trainer.stopped_by is None else 128 + trainer.stopped_by
 
 
