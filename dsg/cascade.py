@@ -15,7 +15,7 @@ from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec, cat
 from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, CascadeROIHeads
 from detectron2.modeling.roi_heads.mask_head import mask_rcnn_loss
-from detectron2.structures import Boxes, Instances, pairwise_iou
+from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks, pairwise_iou
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
@@ -40,10 +40,12 @@ class CascadeMaskROIHeads(CascadeROIHeads):
     """
 
     handed_on: tuple[str, ...] = ()  # fields that a detection gets from the proposal that it came from
+    mask_fields = ("proposal_boxes", "gt_mask_classes", "gt_matches")  # what the mask head and its loss read of a RoI
 
     @configurable
     def __init__(self, *, mask_heads: list[nn.Module], stage_weights: Sequence[float], interleaved: bool, **heads):
         super().__init__(mask_head=nn.ModuleList(mask_heads), **heads)
+        self.vis_period = mask_heads[0].vis_period
         self.stage_weights = tuple(stage_weights)
         self.interleaved = interleaved
 
@@ -52,13 +54,25 @@ class CascadeMaskROIHeads(CascadeROIHeads):
         stages, weights = len(cfg.MODEL.ROI_BOX_CASCADE_HEAD.IOUS), cfg.MODEL.DSG.STAGE_WEIGHTS
         if len(weights) != stages:
             raise ConfigError(f"MODEL.DSG.STAGE_WEIGHTS: expected one for each of the {stages} stages, found {list(weights)}.")
-        for key, found, needed in (
+        cascade, box = cfg.MODEL.ROI_BOX_CASCADE_HEAD, cfg.MODEL.ROI_BOX_HEAD
+        needs = [
             ("MASK_ON", cfg.MODEL.MASK_ON, True),
-            ("ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG, True),
+            ("KEYPOINT_ON", cfg.MODEL.KEYPOINT_ON, False),
+            ("ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", box.CLS_AGNOSTIC_BBOX_REG, True),
+            ("ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES", box.TRAIN_ON_PRED_BOXES, False),
             ("ROI_MASK_HEAD.NAME", cfg.MODEL.ROI_MASK_HEAD.NAME, "MaskRCNNConvUpsampleHead"),  # its layers run one by one
-        ):
+            ("ROI_HEADS.IOU_THRESHOLDS", list(cfg.MODEL.ROI_HEADS.IOU_THRESHOLDS), [cascade.IOUS[0]]),
+        ]
+        if cls is CascadeMaskROIHeads:
+            needs += [(f"DSG.{key}", cfg.MODEL.DSG[key], False) for key in ("MASK_FLOW", "SEMANTIC")]
+        for key, found, needed in needs:
             if found != needed:
                 raise ConfigError(f"MODEL.ROI_HEADS.NAME '{cls.__name__}' needs MODEL.{key} {needed}, found {found}.")
+        if len(cascade.BBOX_REG_WEIGHTS) != stages:
+            raise ConfigError(
+                f"MODEL.ROI_BOX_CASCADE_HEAD: expected BBOX_REG_WEIGHTS for each of the {stages} IOUS, found "
+                f"{len(cascade.BBOX_REG_WEIGHTS)}."
+            )
         return {
             **super().from_config(cfg, input_shape),
             "stage_weights": weights,
@@ -95,9 +109,9 @@ class CascadeMaskROIHeads(CascadeROIHeads):
                 predictions = self._predict(features, rois, stage)
                 of_stage = self._box_losses(predictions, rois, stage)
                 following = self._refine(predictions, rois, stage)
+                masked = following if self.interleaved else rois
                 if self.interleaved:
                     self._match(following, targets, stage)
-                masked = following if self.interleaved else rois
                 of_stage["loss_mask"] = self._mask_loss(features, masked, targets, stage)
             losses |= {f"{name}_stage{stage}": weight * loss for name, loss in of_stage.items()}
             rois = following
@@ -105,16 +119,16 @@ class CascadeMaskROIHeads(CascadeROIHeads):
 
     def _detect(self, features: dict[str, Tensor], proposals: list[Instances]) -> list[Instances]:
         """The boxes of the last stage under the mean of all stages' class logits."""
-        rois, logits = proposals, []
-        for stage in range(self.num_cascade_stages):
-            if stage:
-                self._before_stage(features, rois, stage)
-            sources, predictions = rois, self._predict(features, rois, stage)
+        rois, predictions = proposals, self._predict(features, proposals, 0)
+        logits = [predictions[0]]
+        for stage in range(1, self.num_cascade_stages):
+            rois = self._refine(predictions, rois, stage - 1)
+            self._before_stage(features, rois, stage)
+            predictions = self._predict(features, rois, stage)
             logits.append(predictions[0])
-            rois = self._refine(predictions, rois, stage)
         last = self.box_predictor[-1]
-        scores = last.predict_probs((torch.stack(logits).mean(dim=0), predictions[1]), sources)
-        boxes = last.predict_boxes(predictions, sources)
+        scores = last.predict_probs((torch.stack(logits).mean(dim=0), predictions[1]), rois)
+        boxes = last.predict_boxes(predictions, rois)
         detections, rows = infer_boxes(last, boxes, scores, [p.image_size for p in proposals])
         for found, of_image, kept in zip(detections, proposals, rows, strict=True):
             for name in self.handed_on:
@@ -168,12 +182,16 @@ class CascadeMaskROIHeads(CascadeROIHeads):
             of_image.gt_classes = torch.where(for_boxes == 1, classes, self.num_classes)
             of_image.gt_mask_classes = torch.where(for_masks == 1, classes, self.num_classes)
             of_image.gt_matches = matches
+        foreground = sum(int((r.gt_classes < self.num_classes).sum()) for r in rois)
+        storage, images = get_event_storage(), max(len(rois), 1)
+        storage.put_scalar("roi_head/num_fg_samples", foreground / images)
+        storage.put_scalar("roi_head/num_bg_samples", (sum(map(len, rois)) - foreground) / images)
 
     def _box_losses(self, predictions: tuple[Tensor, Tensor], rois: list[Instances], stage: int) -> dict[str, Tensor]:
         """Detectron2's, of the RoIs that are not empty."""
         there = [of_image.proposal_boxes.nonempty() for of_image in rois]
         rows = cat(there)
-        rois = [of_image[chosen] for of_image, chosen in zip(rois, there, strict=True)]
+        rois = select(rois, there, ("proposal_boxes", "gt_classes", "gt_boxes"))
         return self.box_predictor[stage].losses(tuple(values[rows] for values in predictions), rois)
 
     def _refine(self, predictions: tuple[Tensor, Tensor], rois: list[Instances], stage: int) -> list[Instances]:
@@ -189,12 +207,18 @@ class CascadeMaskROIHeads(CascadeROIHeads):
 
     def _mask_loss(self, features: dict[str, Tensor], rois: list[Instances], targets: list[Instances], stage: int) -> Tensor:
         """Of the RoIs that overlap an object by IoU >= 0.5 (the first stage's threshold); a connected zero without any."""
-        foreground = [r[r.gt_mask_classes < self.num_classes] for r in rois]
+        foreground = select(rois, self._foreground(rois), self.mask_fields)
         logits, _ = self._run_mask_head(features, foreground, stage)
-        return mask_loss(logits, foreground, targets)
+        return mask_loss(logits, foreground, targets, self.vis_period)
+
+    def _foreground(self, rois: list[Instances]) -> list[Tensor]:
+        """Of each image (R,): which RoIs the mask heads train on."""
+        return [of_image.gt_mask_classes < self.num_classes for of_image in rois]
 
     def _forward_mask(self, features: dict[str, Tensor], instances: list[Instances]) -> list[Instances]:
         """At inference: ``pred_masks`` (R, 1, M, M) of the detections, the mean of all mask heads' probabilities."""
+        if not self.mask_on:
+            return instances
         x = self._pool_masks(features, [i.pred_boxes for i in instances])
         previous = self._features_of_proposals(instances)
         earlier, probs = None, []
@@ -212,7 +236,33 @@ class CascadeMaskROIHeads(CascadeROIHeads):
         return None
 
 
-def mask_loss(logits: Tensor, foreground: list[Instances], targets: list[Instances]) -> Tensor:
+def select(rois: list[Instances], rows: list[Tensor], fields: Sequence[str]) -> list[Instances]:
+    """Some rows of some fields: others can be large, as masks of the image's size and mask features are."""
+    return [
+        Instances(of_image.image_size, **{name: of_image.get(name)[chosen] for name in fields})
+        for of_image, chosen in zip(rois, rows, strict=True)
+    ]
+
+
+class MatchedMasks:
+    """The ground truth masks ``masks[matches]`` of RoIs, of which only CHUNK exist at a time: a bitmap is as large as the
+    image, and without sampling all RoIs of a stage may be foreground."""
+
+    CHUNK = 64
+
+    def __init__(self, masks: BitMasks | PolygonMasks, matches: Tensor):
+        self.masks, self.matches = masks, matches
+
+    def __len__(self) -> int:
+        return len(self.matches)
+
+    def crop_and_resize(self, boxes: Tensor, mask_size: int) -> Tensor:
+        """As that of Detectron2's masks: boxes (R, 4) -> (R, mask_size, mask_size), bool."""
+        parts = zip(self.matches.split(self.CHUNK), boxes.split(self.CHUNK), strict=True)
+        return torch.cat([self.masks[rows].crop_and_resize(of_part, mask_size).to(boxes.device) for rows, of_part in parts])
+
+
+def mask_loss(logits: Tensor, foreground: list[Instances], targets: list[Instances], vis_period: int = 0) -> Tensor:
     """Mean binary cross entropy of the masks (R, K, M, M), or (R, 1, M, M) without classes, of foreground RoIs.
 
     Args:
@@ -223,9 +273,9 @@ def mask_loss(logits: Tensor, foreground: list[Instances], targets: list[Instanc
     for of_image, truth in zip(foreground, targets, strict=True):
         fields = {"proposal_boxes": of_image.proposal_boxes, "gt_classes": of_image.gt_mask_classes}
         if len(of_image):
-            fields["gt_masks"] = truth.gt_masks[of_image.gt_matches]
+            fields["gt_masks"] = MatchedMasks(truth.gt_masks, of_image.gt_matches)
         matched.append(Instances(of_image.image_size, **fields))
-    return mask_rcnn_loss(logits, matched)
+    return mask_rcnn_loss(logits, matched, vis_period)
 
 
 def channel_of_class(values: Tensor, classes: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ Shapes: R RoIs of all images in order, C channels, D and S (14) of the mask feat
 classes.
 """
 
-import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec, cat
 from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from projects.errors import ConfigError
 
-from .cascade import channel_of_class, mask_loss
+from .cascade import CascadeMaskROIHeads, channel_of_class, mask_loss, select
 from .fusion import FeatureFusion
 from .htc import HTCROIHeads
 from .mask_rpn import attach_masks
@@ -56,7 +55,9 @@ class CascadeDSGROIHeads(HTCROIHeads):
         self.mask_fusions = None if mask_fusions is None else nn.ModuleList(mask_fusions)
         self.guide_box = guide_box
         self.detach_probs = detach_probs
-        self.handed_on = () if mask_fusions is None else ("proposal_boxes", "proposal_mask_features")
+        if mask_fusions is not None:
+            self.handed_on = ("proposal_boxes", "proposal_mask_features")
+            self.mask_fields = (*self.mask_fields, "proposal_mask_features")
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]):
@@ -136,26 +137,30 @@ class CascadeDSGROIHeads(HTCROIHeads):
         if not self._hands_masks_on or stage + 1 == self.num_cascade_stages:
             return super()._mask_loss(features, rois, targets, stage)
         logits, mask_features = self._run_mask_head(features, rois, stage)
-        self._hand_masks_on(rois, logits, mask_features)
-        chosen = [r.gt_mask_classes < self.num_classes for r in rois]
-        foreground = [r[rows] for r, rows in zip(rois, chosen, strict=True)]
-        return mask_loss(logits[cat(chosen)], foreground, targets)
+        attach_masks(rois, channel_of_class(logits, _guiding_classes(rois)), mask_features)
+        chosen = self._foreground(rois)
+        foreground = select(rois, chosen, CascadeMaskROIHeads.mask_fields)
+        return mask_loss(logits[cat(chosen)], foreground, targets, self.vis_period)
 
     def _before_stage(self, features: dict[str, Tensor], rois: list[Instances], stage: int) -> None:
         """The mask head of the stage before runs on all boxes, in chunks that bound its memory, where a box head needs it."""
         if not self.guide_box and self.box_fusions is None:
             return
-        chunks = in_chunks(rois, chunk_size(features[self.mask_in_features[0]].device))
-        outputs = (self._run_mask_head(features, chunk, stage - 1) for chunk in chunks)
-        self._hand_masks_on(rois, *run_in_chunks(outputs, sum(map(len, rois))))
 
-    def _hand_masks_on(self, rois: list[Instances], logits: Tensor, mask_features: Tensor) -> None:
-        classes = cat([r.guiding_classes for r in rois])
-        attach_masks(rois, channel_of_class(logits, classes), mask_features)
+        def of_chunk(chunk: list[Instances]) -> tuple[Tensor, Tensor]:
+            logits, mask_features = self._run_mask_head(features, chunk, stage - 1)
+            return channel_of_class(logits, _guiding_classes(chunk)), mask_features
+
+        chunks = in_chunks(rois, chunk_size(features[self.mask_in_features[0]].device))
+        attach_masks(rois, *run_in_chunks(map(of_chunk, chunks), sum(map(len, rois))))
 
     def _features_of_proposals(self, instances: list[Instances]) -> Tensor | None:
         return None if self.mask_fusions is None else _mask_features(instances)
 
 
 def _mask_features(rois: list[Instances]) -> Tensor:
-    return torch.cat([r.proposal_mask_features for r in rois])
+    return cat([r.proposal_mask_features for r in rois])
+
+
+def _guiding_classes(rois: list[Instances]) -> Tensor:
+    return cat([r.guiding_classes for r in rois])

@@ -61,14 +61,14 @@ class DeformBottleneckBlock(CNNBlockBase):
 
 
     def _sample_and_convolve(self, x: Tensor, offset: Tensor, weights: Tensor | None) -> Tensor:
-        """torchvision's operator has no bfloat16 on a CPU: under autocast it computes in float32 there."""
-        conv, device = self.conv2, x.device.type
-        tensors = x, offset, conv.weight, conv.bias, weights
-        with torch.autocast(device, enabled=False) if device == "cpu" else nullcontext():
-            if device == "cpu":
-                tensors = tuple(None if t is None else t.float() for t in tensors)
-            x_, offset, weight, bias, weights = tensors
-            return deform_conv2d(x_, offset, weight, bias, conv.stride, conv.padding, conv.dilation, weights).to(x.dtype)
+        """torchvision's operator has no half types on a CPU: it computes in float32 there."""
+        conv, tensors = self.conv2, (x, offset, self.conv2.weight, self.conv2.bias, weights)
+        half = x.device.type == "cpu" and x.dtype.itemsize == 2
+        if half:
+            tensors = tuple(None if t is None else t.float() for t in tensors)
+        with torch.autocast(x.device.type, enabled=False) if half else nullcontext():
+            inputs, offset, weight, bias, weights = tensors
+            return deform_conv2d(inputs, offset, weight, bias, conv.stride, conv.padding, conv.dilation, weights).to(x.dtype)
 
 
 @BACKBONE_REGISTRY.register()

@@ -15,6 +15,7 @@ from detectron2.structures import Boxes, Instances
 from fvcore.nn import weight_init
 from torch import Tensor, nn
 
+from projects.errors import ConfigError
 from projects.modeling.pooler import Pooler
 
 from .cascade import CascadeMaskROIHeads
@@ -40,6 +41,10 @@ class HTCROIHeads(CascadeMaskROIHeads):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]):
+        if cfg.MODEL.DSG.SEMANTIC and cfg.MODEL.META_ARCHITECTURE != "DSGRCNN":
+            raise ConfigError(
+                f"MODEL.DSG.SEMANTIC True needs MODEL.META_ARCHITECTURE 'DSGRCNN', found '{cfg.MODEL.META_ARCHITECTURE}'."
+            )
         arguments = super().from_config(cfg, input_shape)
         channels, mask = input_shape[cfg.MODEL.ROI_HEADS.IN_FEATURES[0]].channels, cfg.MODEL.ROI_MASK_HEAD
         flows = [_flow(mask.CONV_DIM, channels) for _ in arguments["mask_heads"][1:]] if cfg.MODEL.DSG.MASK_FLOW else None

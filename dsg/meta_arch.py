@@ -65,9 +65,9 @@ class DSGRCNN(GeneralizedRCNN):
             if "sem_seg" not in x:
                 raise DataError(
                     f"Image '{x.get('file_name', '')}' has no semantic map, from which HTC's semantic branch learns. Expected "
-                    "DATASETS.TRAIN with maps: 'coco_2017_train_stuff' (coco/stuffthingmaps/train2017/, see docs/datasets.md), "
-                    "or 'shapes_train_stuff' (python tools/prepare_shapes.py makes it). Without maps set MODEL.DSG.SEMANTIC "
-                    "False."
+                    "data sets with maps in DATASETS.TRAIN (for TEST.VALIDATION_LOSS in DATASETS.TEST too): "
+                    "'coco_2017_train_stuff' (coco/stuffthingmaps/train2017/, see docs/datasets.md) or 'shapes_train_stuff' "
+                    "(python tools/prepare_shapes.py makes it). Without maps set MODEL.DSG.SEMANTIC False."
                 )
             height, width = x["sem_seg"].shape
             of_image[:height, :width] = x["sem_seg"].to(self.device)

@@ -60,6 +60,11 @@ class DSGROIHeads(StandardROIHeads):
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]):
         dsg, box, mask = cfg.MODEL.DSG, cfg.MODEL.ROI_BOX_HEAD, cfg.MODEL.ROI_MASK_HEAD
         check_proposal_generator(cfg)
+        of_cascades = [key for key in ("INTERLEAVED", "MASK_FLOW", "SEMANTIC") if dsg[key]]
+        if of_cascades:
+            raise ConfigError(
+                f"MODEL.DSG.{of_cascades[0]} is of cascades: set it False, or MODEL.ROI_HEADS.NAME 'CascadeDSGROIHeads'."
+            )
         if box.TRAIN_ON_PRED_BOXES:
             raise ConfigError("DSG's mask head trains on the proposals: set MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES False.")
         channels = input_shape[cfg.MODEL.ROI_HEADS.IN_FEATURES[0]].channels

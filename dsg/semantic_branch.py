@@ -6,7 +6,6 @@ with ReLU follow; from there one 1x1 convolution gives class logits, another one
 Shapes: N images of H x W pixels (with the batch's padding), C channels, K semantic classes; h, w = H / 8, W / 8.
 """
 
-import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import Conv2d, ShapeSpec
@@ -71,7 +70,7 @@ class SemanticBranch(nn.Module):
             level if level.shape[-2:] == size else F.interpolate(level, size, mode="bilinear", align_corners=False)
             for level in levels
         ]
-        x = self.convs(torch.stack(resized).sum(dim=0))
+        x = self.convs(sum(resized))
         return self.predictor(x), self.embedding(x)
 
     def loss(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:

@@ -4,10 +4,11 @@ import itertools
 
 import pytest
 import torch
+from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.modeling.roi_heads.mask_head import mask_rcnn_loss
-from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 
-from dsg.cascade import CascadeMaskROIHeads, channel_of_class, mask_loss
+from dsg.cascade import CascadeMaskROIHeads, MatchedMasks, channel_of_class, mask_loss
 from dsg.mpn import features_of, logits_and_features
 from dsg.semantic_branch import SemanticBranch
 from projects import config_path, load_config
@@ -119,7 +120,7 @@ def test_each_switch_changes_the_result(cascade, labelled):
 @pytest.mark.parametrize("name", ["htc", "htc_dsg"])
 def test_without_switches_it_is_the_base_bit_by_bit(cascade, labelled, storage, name):
     """On the same weights, losses, gradients and detections."""
-    models = {"base": cascade("base"), name: cascade(name, *words(**OFF))}
+    models = {"base": cascade("base", "MODEL.META_ARCHITECTURE", "DSGRCNN"), name: cascade(name, *words(**OFF))}
     missing, unexpected = models[name].load_state_dict(models["base"].state_dict(), strict=False)
     assert not unexpected and all(key.startswith("proposal_generator.mpn.") for key in missing)
     losses, detections = {}, {}
@@ -137,6 +138,20 @@ def test_without_switches_it_is_the_base_bit_by_bit(cascade, labelled, storage, 
         for field in ("scores", "pred_classes", "pred_masks"):
             assert torch.equal(found.get(field), expected.get(field))
         assert torch.equal(found.pred_boxes.tensor, expected.pred_boxes.tensor)
+
+
+def test_htc_dsg_without_its_switches_is_htc_bit_by_bit(cascade, labelled, storage):
+    models = [cascade("htc"), cascade("htc_dsg", *words(MASK_FLOW=True, FUSION_MASK=False, SGRA_BOX=False, FUSION_BOX=False))]
+    models[1].load_state_dict(models[0].state_dict(), strict=False)
+    losses = []
+    for model in models:
+        torch.manual_seed(3)
+        losses.append(model.train()(labelled))
+    losses[1].pop("loss_mpn")
+    assert losses[0] == losses[1]
+    with torch.no_grad():
+        found, expected = (model.eval().inference(labelled, do_postprocess=False)[0] for model in models)
+    assert torch.equal(found.scores, expected.scores) and torch.equal(found.pred_masks, expected.pred_masks)
 
 
 def test_cascade_alone_needs_no_meta_architecture_of_ours(cascade):
@@ -219,7 +234,7 @@ def test_no_proposals_and_no_objects(cascade, labelled, storage, name, objects):
     assert all(loss.isfinite() and loss.requires_grad for loss in losses.values())
     assert all((losses[f"loss_mask_stage{t}"] > 0) == objects for t in (0,))
     sum(losses.values()).backward()
-    assert not [key for key, p in model.roi_heads.named_parameters() if p.grad is None]
+    assert not [key for key, p in model.named_parameters() if p.requires_grad and p.grad is None]
     with torch.no_grad():
         for output in model.eval()(labelled):
             assert len(output["instances"]) == 0 and output["instances"].pred_masks.shape == (0, 64, 96)
@@ -239,13 +254,13 @@ def test_no_foreground_at_a_later_stage_only(cascade, inputs, storage, monkeypat
     assert losses["loss_mpn"] > 0 and losses["loss_box_reg_stage0"] > 0
     assert [losses[f"loss_mask_stage{t}"] for t in range(3)] == [0, 0, 0] and losses["loss_box_reg_stage1"] == 0
     sum(losses.values()).backward()
-    assert not [key for key, p in model.roi_heads.named_parameters() if p.grad is None]
+    assert not [key for key, p in model.named_parameters() if p.requires_grad and p.grad is None]
 
 
 # Labels and losses
 
 
-def test_labels_by_the_stage_and_masks_by_one_half(cascade, inputs):
+def test_labels_by_the_stage_and_masks_by_one_half(cascade, storage):
     """IoU with the object [0, 100)^2 cropped to ten wide strips: w / 100."""
     heads = cascade("base").roi_heads
     truth = Instances((100, 100), gt_boxes=Boxes(torch.tensor([[0.0, 0, 100, 100]])), gt_classes=torch.tensor([2]))
@@ -260,8 +275,9 @@ def test_labels_by_the_stage_and_masks_by_one_half(cascade, inputs):
 def test_masks_follow_the_matching(cascade, inputs, storage):
     """A RoI that moves from one object to the other is trained on the other one's mask."""
     heads, objects = cascade("base").roi_heads, inputs[0]["instances"]
+    rois = [Instances((64, 96))]
     for row in (0, 1):
-        rois = [Instances((64, 96), proposal_boxes=objects.gt_boxes[[row]])]
+        rois[0].proposal_boxes = objects.gt_boxes[[row]]
         heads._match(rois, [objects], stage=1)
         target = objects.gt_masks[[row]].crop_and_resize(rois[0].proposal_boxes.tensor, 28)
         logits = torch.zeros(1, 3, 28, 28)
@@ -278,6 +294,17 @@ def test_mask_loss_is_detectron2s(inputs, storage):
     of_detectron2 = Instances((64, 96), proposal_boxes=rois.proposal_boxes, gt_classes=rois.gt_mask_classes)
     of_detectron2.gt_masks = objects.gt_masks[torch.tensor([0, 1, 0])]
     assert mask_loss(logits, [rois], [objects]) == mask_rcnn_loss(logits, [of_detectron2])
+
+
+def test_masks_of_many_rois_are_cropped_in_chunks(inputs):
+    objects = inputs[0]["instances"]
+    matches = torch.arange(150) % 2
+    boxes = objects.gt_boxes.tensor[matches] + torch.arange(150)[:, None] / 50
+    expected = objects.gt_masks[matches].crop_and_resize(boxes, 28)
+    assert torch.equal(MatchedMasks(objects.gt_masks, matches).crop_and_resize(boxes, 28), expected)
+    polygons = PolygonMasks([[[8, 10, 40, 10, 40, 50]], [[36, 20, 80, 20, 80, 60]]])
+    found = MatchedMasks(polygons, matches).crop_and_resize(boxes, 28)
+    assert torch.equal(found, polygons[matches].crop_and_resize(boxes, 28))
 
 
 def test_stage_weights(cascade, inputs, storage):
@@ -426,6 +453,40 @@ def test_given_boxes_get_masks(cascade, inputs):
             torch.testing.assert_close(again[0].pred_masks, expected[0])
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_test_time_augmentation(cascade, inputs, small_cfg, inputs_of, name):
+    """Its passes for boxes make no masks."""
+    cfg = small_cfg("TEST.AUG.MIN_SIZES", (48, 64), "TEST.AUG.FLIP", False, config=f"dsg/{NAMES[name]}_R_18_FPN.yaml")
+    model = cascade(name)
+    runs = inputs_of(model.roi_heads.mask_head[2].predictor)
+    with torch.no_grad():
+        found = GeneralizedRCNNWithTTA(cfg, model)([{**inputs[0], "image": inputs[0]["image"]}])[0]["instances"]
+    assert len(found) == 9 and found.pred_masks.shape == (9, 64, 96) and len(runs) == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("mpn", ["float32", "bfloat16"])
+def test_mixed_precision(cascade, labelled, storage, name, mpn):
+    model = cascade(name, *words(MPN_DTYPE_TEST=mpn))
+    with torch.autocast("cpu", torch.bfloat16, enabled=mpn == "float32"):
+        losses = model.train()(labelled)
+        with torch.no_grad():
+            outputs = model.eval()(labelled)
+    sum(losses.values()).backward()
+    assert all(loss.isfinite() for loss in losses.values())
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    assert all(len(output["instances"]) == 9 for output in outputs)
+
+
+def test_detections_take_no_more_than_they_need(cascade, inputs):
+    for name in NAMES:
+        model = cascade(name)
+        model.roi_heads.mask_on = False
+        with torch.no_grad():
+            found = model.inference(inputs, do_postprocess=False)[0]
+        assert set(found.get_fields()) == {"pred_boxes", "scores", "pred_classes"}
+
+
 # HTC
 
 
@@ -530,7 +591,14 @@ def test_no_stuff_maps(cascade, inputs, storage):
         ("base", ["MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", False], "CLS_AGNOSTIC_BBOX_REG True, found False"),
         ("base", ["MODEL.ROI_MASK_HEAD.NAME", "MaskPlusHead"], "NAME MaskRCNNConvUpsampleHead, found MaskPlusHead"),
         ("base", ["MODEL.MASK_ON", False], "MASK_ON True, found False"),
+        ("base", ["MODEL.KEYPOINT_ON", True], "KEYPOINT_ON False, found True"),
+        ("base", ["MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES", True], "TRAIN_ON_PRED_BOXES False, found True"),
+        ("base", ["MODEL.ROI_HEADS.IOU_THRESHOLDS", [0.4]], r"IOU_THRESHOLDS \[0.5\], found \[0.4\]"),
+        ("base", ["MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS", [[1.0] * 4]], "each of the 3 IOUS, found 1"),
+        ("base", words(MASK_FLOW=True), "MASK_FLOW False, found True"),
         ("htc", ["MODEL.SEM_SEG_HEAD.COMMON_STRIDE", 7], "COMMON_STRIDE is 7"),
+        ("htc", ["MODEL.META_ARCHITECTURE", "GeneralizedRCNN"], "META_ARCHITECTURE 'DSGRCNN', found 'GeneralizedRCNN'"),
+        ("htc_dsg", ["MODEL.ROI_HEADS.NAME", "DSGROIHeads"], "INTERLEAVED is of cascades"),
     ],
 )
 def test_settings_that_contradict_each_other(cascade, name, opts, message):
