@@ -19,8 +19,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from projects.engine.launch import guarded
 from projects.errors import ConfigError, DataError
+
+PARTS = ("train", "val")
 
 
 def choose_validation(file_names: list[str], part: float, seed: int, group: str | None = None) -> set[str]:
@@ -70,13 +74,37 @@ def split(content: dict, validation: set[str]) -> dict[str, dict]:
 
 
 def place(source: Path, target: Path) -> None:
-    """Link an image, or copy it where links are not possible. What is there already is replaced."""
+    """Link an image, or copy it where links are not possible. It takes the place of another that is there once it is whole."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.unlink(missing_ok=True)
+    if target.exists() and target.samefile(source):
+        return
+    partial = target.with_name(f".{target.name}.partial")
+    partial.unlink(missing_ok=True)
     try:
-        os.link(source, target)
+        os.link(source, partial)
     except OSError:
-        shutil.copy2(source, target)
+        shutil.copy2(source, partial)
+    os.replace(partial, target)
+
+
+def annotation_file(args: argparse.Namespace, part: str) -> Path:
+    return args.root / "annotations" / f"instances_{args.name}_{part}.json"
+
+
+def refuse_to_overwrite_originals(args: argparse.Namespace, file_names: list[str]) -> None:
+    """Raise DataError where an image would be written elsewhere than below --root, or anything in the place of an original."""
+    outside = [name for name in file_names if Path(name).is_absolute() or ".." in Path(name).parts]
+    if outside:
+        raise DataError(f"'{args.annotations}' names the image '{outside[0]}': expected names below --images, without '..'.")
+    written = {(args.root / "images" / part).resolve() for part in PARTS}
+    written |= {annotation_file(args, part).resolve() for part in PARTS}
+    for original in (args.annotations, *(args.images / name for name in file_names)):
+        path = original.resolve()
+        if not written.isdisjoint([path, *path.parents]):
+            raise DataError(
+                f"'{original}' is an original where the split writes its own files. Expected the originals in another place: "
+                "move them, or choose another --root."
+            )
 
 
 def parse_args(argv: list[str] | None = None):
@@ -98,6 +126,7 @@ def main(args) -> int:
         content["annotations"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"'{args.annotations}' is not a COCO data set: {type(error).__name__}: {error}.") from error
+    refuse_to_overwrite_originals(args, file_names)
     absent = [name for name in file_names if not (args.images / name).is_file()]
     if absent:
         raise DataError(f"{len(absent)} images are not in '{args.images}', among them '{absent[0]}': --images is their folder.")
@@ -106,7 +135,7 @@ def main(args) -> int:
         for image in tqdm(part["images"], desc=name, unit="img", disable=not sys.stderr.isatty()):
             place(args.images / image["file_name"], args.root / "images" / name / image["file_name"])
             (args.root / "images" / ("val" if name == "train" else "train") / image["file_name"]).unlink(missing_ok=True)
-        path = args.root / "annotations" / f"instances_{args.name}_{name}.json"
+        path = annotation_file(args, name)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(part))
         print(f"{path}: {len(part['images'])} images, {len(part['annotations'])} objects")

@@ -66,3 +66,69 @@ def test_the_phone_folder(tmp_path):
         assert part["categories"] == content["categories"]
     with pytest.raises(DataError, match="100 images are not in"):
         run("--images", tmp_path)
+
+
+@pytest.fixture
+def phone(tmp_path):
+    """``phone(names, root, images)`` runs the tool on photos/<name>, which are made before; relative to the test's folder."""
+
+    def run(names: list[str], root: str, images: str, annotations: str = "all.json") -> int:
+        (tmp_path / annotations).parent.mkdir(parents=True, exist_ok=True)
+        content = {"images": [{"id": i, "file_name": name} for i, name in enumerate(names)], "annotations": []}
+        (tmp_path / annotations).write_text(json.dumps(content))
+        arguments = [tmp_path / annotations, "--root", tmp_path / root, "--images", tmp_path / images]
+        return tool["main"](tool["parse_args"](list(map(str, arguments))))
+
+    return run
+
+
+def photos(folder: Path, names: list[str]) -> None:
+    folder.mkdir(parents=True)
+    for name in names:
+        (folder / name).write_text(name)
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+@pytest.mark.parametrize("below", ["", "new"])
+def test_originals_in_the_folders_of_the_parts_survive(phone, tmp_path, part, below):
+    names, folder = [f"{i}.png" for i in range(10)], tmp_path / "phone/images" / part / below
+    photos(folder, names)
+    with pytest.raises(DataError, match="is an original where the split writes"):
+        phone(names, "phone", f"phone/images/{part}/{below}")
+    if not below:  # the same folder by another name
+        (tmp_path / "link").symlink_to(folder)
+        with pytest.raises(DataError, match="is an original where the split writes"):
+            phone(names, "phone", "link")
+        with pytest.raises(DataError, match="is an original where the split writes"):
+            phone([f"{part}/{name}" for name in names], "phone", "phone/images")
+    assert {path.name: path.read_text() for path in folder.iterdir()} == {name: name for name in names}
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "{}/photos/0.png", "a/../../secret.png"])
+def test_names_that_lead_elsewhere_are_refused(phone, tmp_path, name):
+    names = [f"{i}.png" for i in range(10)]
+    photos(tmp_path / "photos", names)
+    (tmp_path / "secret.png").write_text("secret")
+    with pytest.raises(DataError, match="expected names below --images"):
+        phone([*names, name.format(tmp_path)], "phone", "photos")
+    assert (tmp_path / "secret.png").read_text() == "secret" and not (tmp_path / "phone").exists()
+    assert len(list((tmp_path / "photos").iterdir())) == 10
+
+
+def test_annotations_of_all_images_are_not_replaced_by_a_part(phone, tmp_path):
+    names, place = [f"{i}.png" for i in range(10)], "phone/annotations/instances_phone_train.json"
+    photos(tmp_path / "photos", names)
+    with pytest.raises(DataError, match="instances_phone_train.json' is an original"):
+        phone(names, "phone", "photos", place)
+    assert len(json.loads((tmp_path / place).read_text())["images"]) == 10
+
+
+def test_an_image_that_is_in_its_place_stays(tmp_path):
+    source, link = tmp_path / "a.png", tmp_path / "b.png"
+    source.write_text("a")
+    link.hardlink_to(source)
+    for target in (source, link):
+        tool["place"](source, target)
+    (tmp_path / "c.png").write_text("older")
+    tool["place"](source, tmp_path / "c.png")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a.png": "a", "b.png": "a", "c.png": "a"}
