@@ -101,6 +101,8 @@ def add_common_config(cfg: CfgNode) -> None:
     cfg.SOLVER.TRAINER = "StandardTrainer"
     # "SGD" (MOMENTUM, NESTEROV) or "AdamW"; weight decay, bias and norm rules and clipping are Detectron2's.
     cfg.SOLVER.OPTIMIZER = "SGD"
+    # Batches of IMS_PER_BATCH images whose gradients are averaged for one step, which is one iteration; losses are their means.
+    cfg.SOLVER.ACCUMULATE = 1
     # What SOLVER.AMP.ENABLED computes in on a GPU: "float16" (with loss scaling) or "bfloat16".
     cfg.SOLVER.AMP.DTYPE = "float16"
     # How many periodic checkpoints stay on disk; the final and the best one are kept beside them.

@@ -3,7 +3,9 @@
 import logging
 import signal
 import time
+from collections import Counter
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -13,6 +15,7 @@ from detectron2.engine import DefaultTrainer, TrainerBase, create_ddp_model, hoo
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from detectron2.utils.registry import Registry
+from torch.nn.parallel import DistributedDataParallel
 
 from projects.data.loader import build_train_loader
 from projects.errors import CheckpointError, ConfigError
@@ -56,9 +59,10 @@ class StandardTrainer(TrainerBase):
         super().__init__()
         self.cfg = cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         self.max_iter = cfg.SOLVER.MAX_ITER
-        for key in ("MAX_ITER", "CHECKPOINT_PERIOD", "LOG_PERIOD"):
+        self.accumulate = cfg.SOLVER.ACCUMULATE
+        for key in ("MAX_ITER", "CHECKPOINT_PERIOD", "LOG_PERIOD", "ACCUMULATE"):
             if cfg.SOLVER[key] < 1:
-                raise ConfigError(f"SOLVER.{key} is {cfg.SOLVER[key]}: expected a number of iterations of at least 1.")
+                raise ConfigError(f"SOLVER.{key} is {cfg.SOLVER[key]}: expected at least 1.")
         if cfg.INPUT.MASK_FORMAT not in ("polygon", "bitmask"):
             raise ConfigError(f"INPUT.MASK_FORMAT is '{cfg.INPUT.MASK_FORMAT}': expected 'polygon' or 'bitmask'.")
         if self.max_iter <= cfg.SOLVER.WARMUP_ITERS:
@@ -178,16 +182,23 @@ class StandardTrainer(TrainerBase):
                 hook.after_train()
 
     def run_step(self) -> None:
-        states = rng_state()
-        start = time.perf_counter()
-        batch = next(self.loader)
-        data_time = time.perf_counter() - start
-        losses = self.forward(batch)
-        self.record(losses, batch, data_time, states)
+        """A step on the mean gradient of SOLVER.ACCUMULATE batches."""
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(sum(losses.values())).backward()
+        means, data_time = Counter(), 0.0
+        for part in range(self.accumulate):
+            states = rng_state()
+            start = time.perf_counter()
+            batch = next(self.loader)
+            data_time += time.perf_counter() - start
+            with exchange(self.parallel_model, now=part + 1 == self.accumulate):
+                losses = self.forward(batch)
+                means.update(self.record(losses, batch, states))
+                self.scaler.scale(sum(losses.values()) / self.accumulate).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        means = {name: total / self.accumulate for name, total in means.items()}
+        self.storage.put_scalar("data_time", data_time)
+        self.storage.put_scalars(total_loss=sum(means.values()), **means)
         self.storage.put_scalar("lr", self.optimizer.param_groups[0]["lr"], smoothing_hint=False)
         self.scheduler.step()
 
@@ -200,15 +211,14 @@ class StandardTrainer(TrainerBase):
             logger.error("%s", error)
             return {}
 
-    def record(self, losses: dict, batch: list[dict], data_time: float, states: dict) -> None:
-        """Log the losses as means over the processes; stop all processes when one is not finite, or got a signal."""
+    def record(self, losses: dict, batch: list[dict], states: dict) -> dict[str, float]:
+        """The means of the losses over the processes. Stops all processes when one is not finite, or got a signal."""
         means, stop = mean_over_processes(losses, self._signal is not None)
         if stop:
             self.stopped_by = self._signal or signal.SIGTERM
         context = {"cfg": self.cfg, "iteration": self.iter, "seed": self.loader.seed, "rng": states}
         check_finite(means, losses, batch, context | {"save_weights": self.checkpointer.save_weights})
-        self.storage.put_scalar("data_time", data_time)
-        self.storage.put_scalars(total_loss=sum(means.values()), **means)
+        return means
 
     def save(self, name: str) -> None:
         """Save everything as ``OUTPUT_DIR/{name}.pth``. Every process calls it."""
@@ -270,6 +280,11 @@ def wrap_for_processes(model: torch.nn.Module) -> torch.nn.Module:
     on_gpu = next(model.parameters()).is_cuda
     device_ids = [comm.get_local_rank()] if on_gpu else None
     return create_ddp_model(model, broadcast_buffers=batch_norm, device_ids=device_ids)
+
+
+def exchange(model: torch.nn.Module, now: bool) -> AbstractContextManager:
+    """The gradients of what runs inside are averaged over the processes now, or with those of the next block that does so."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) and not now else nullcontext()
 
 
 def share_buffers(model: torch.nn.Module) -> None:

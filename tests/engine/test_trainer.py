@@ -244,6 +244,47 @@ def test_validation_loss_moves_no_weight_and_no_generator(tiny_cfg, monkeypatch)
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
 
 
+def test_accumulated_batches_make_one_step_on_their_mean_gradient(tiny_cfg):
+    opts = ["SOLVER.OPTIMIZER", "SGD", "SOLVER.WARMUP_ITERS", 0, "SOLVER.BASE_LR", 0.1, "DATALOADER.NUM_WORKERS", 0]
+    trainer, plain = StandardTrainer(tiny_cfg(*opts, "SOLVER.ACCUMULATE", 2)), StandardTrainer(tiny_cfg(*opts))
+    plain.model.load_state_dict(trainer.model.state_dict())
+    torch.manual_seed(0)
+    with EventStorage(0) as trainer.storage:
+        trainer.iter = 0
+        trainer.run_step()
+        logged = {name: value for name, (value, _) in trainer.storage.latest().items()}
+    torch.manual_seed(0)
+    with EventStorage(0):
+        found = [plain.model(next(plain.loader)) for _ in range(2)]
+    (sum(sum(losses.values()) for losses in found) / 2).backward()
+    plain.optimizer.step()
+    gradients = [{name: p.grad for name, p in t.model.named_parameters()} for t in (trainer, plain)]
+    for name, expected in gradients[1].items():
+        torch.testing.assert_close(gradients[0][name], expected, rtol=1e-4, atol=1e-6, msg=name)
+    for name, expected in state_of(plain).items():
+        torch.testing.assert_close(state_of(trainer)[name], expected, rtol=1e-4, atol=1e-6, msg=name)
+    for name in found[0]:
+        assert logged[name] == pytest.approx((found[0][name] + found[1][name]).item() / 2, rel=1e-5)
+    assert trainer.loader.batches == 2 and trainer.scheduler.last_epoch == 1
+
+
+def test_accumulation_resumes_exactly(tiny_cfg, tmp_path):
+    opts = ["SOLVER.MAX_ITER", 4, "SOLVER.ACCUMULATE", 3, "DATALOADER.NUM_WORKERS", 0, "DATASETS.TEST", ()]
+    whole = run(tiny_cfg(*opts, "OUTPUT_DIR", str(tmp_path / "whole")))
+    cfg = tiny_cfg(*opts, "OUTPUT_DIR", str(tmp_path / "parts"))
+    run(cfg, stop_after=1)
+    parts = run(cfg, resume=True, seed=1)
+    assert parts.start_iter == 2 and parts.loader.batches == 12
+    expected, found = state_of(whole), state_of(parts)
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+
+
+def test_nothing_to_accumulate_is_refused(tiny_cfg):
+    with pytest.raises(ConfigError, match="SOLVER.ACCUMULATE is 0: expected at least 1"):
+        StandardTrainer(tiny_cfg("SOLVER.ACCUMULATE", 0))
+
+
 def test_diverging_loss_is_named_and_can_be_replayed(tiny_cfg, tmp_path):
     cfg = tiny_cfg("SOLVER.MAX_ITER", 6, "SOLVER.BASE_LR", 1e20, "DATASETS.TEST", (), "SOLVER.OPTIMIZER", "SGD")
     with pytest.raises(DivergedError, match=r"(loss_\w+|forward) not finite.*Image ids") as caught:
