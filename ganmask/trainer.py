@@ -16,11 +16,12 @@ from projects.engine.checkpoint import rng_preserved
 from projects.engine.divergence import mean_over_processes
 from projects.engine.optimizer import build_optimizer
 from projects.engine.trainer import TRAINER_REGISTRY, StandardTrainer, wrap_for_processes
-from projects.errors import ConfigError
+from projects.errors import CheckpointError, ConfigError
 
 from .discriminators import Discriminators, Judgement
 from .losses import AdversarialLosses
 from .meta_arch import GANMaskRCNN
+from .roi_heads import GANMaskROIHeads
 from .samples import Samples
 
 logger = logging.getLogger(__name__)
@@ -46,13 +47,7 @@ class AdversarialTrainer(StandardTrainer):
         self.plays = ganmask.LOSSES != "baseline"
         if not self.plays:
             return
-        if not isinstance(self.model, GANMaskRCNN):
-            raise ConfigError(
-                f"MODEL.META_ARCHITECTURE is '{cfg.MODEL.META_ARCHITECTURE}': AdversarialTrainer needs GANMaskRCNN, whose "
-                "forward pass returns samples for the discriminators."
-            )
-        if ganmask.DISCRIMINATOR_STEPS < 1:
-            raise ConfigError(f"MODEL.GANMASK.DISCRIMINATOR_STEPS is {ganmask.DISCRIMINATOR_STEPS}: expected at least 1.")
+        refuse_unfit(cfg, self.model)
         self.replaced = REPLACED if ganmask.LOSSES == "adversarial" else ()
         self.first_iter, self.steps = ganmask.START_ITER, ganmask.DISCRIMINATOR_STEPS
         self.lr_factor = ganmask.DISCRIMINATOR_LR_FACTOR
@@ -64,6 +59,22 @@ class AdversarialTrainer(StandardTrainer):
         self.checkpointer.add_checkpointable("discriminators", self.discriminators)
         self.checkpointer.add_checkpointable("discriminator_optimizer", self.discriminator_optimizer)
 
+    def resume_or_load(self, resume: bool) -> None:
+        """As StandardTrainer's. A game that has started does not go on from a checkpoint without discriminators."""
+        found = []
+        if self.plays:
+            self.discriminators.register_load_state_dict_post_hook(lambda *_: found.append(True))
+        super().resume_or_load(resume)
+        if not self.plays or found or self.start_iter == 0:
+            return
+        lacking = f"The checkpoint '{self.checkpointer.resumed_from}' has no discriminators"
+        if self.start_iter > self.first_iter:
+            raise CheckpointError(
+                f"{lacking}: it comes from a run with MODEL.GANMASK.LOSSES 'baseline'. Go on with that, or let the game start "
+                f"now, with MODEL.GANMASK.START_ITER {self.start_iter}."
+            )
+        logger.warning("%s: they are new, for the game that starts in iteration %d.", lacking, self.first_iter)
+
     def forward(self, batch: list[dict]) -> dict[str, Tensor]:
         """The generator's losses on a batch, after the discriminators have stepped on its samples.
 
@@ -73,13 +84,14 @@ class AdversarialTrainer(StandardTrainer):
         if not self.plays or self.iter < self.first_iter:
             return super().forward(batch)
         losses, samples = self.generate(batch)
+        losses = {name: loss for name, loss in losses.items() if name not in self.replaced}
         means, _ = mean_over_processes(losses, False)
         if not all(map(math.isfinite, means.values())):
             return losses
         self.train_discriminators(samples.detach())
         with self.autocast(), frozen(self.discriminators):
             adversarial = self.adversarial_losses.generator(self.discriminators(samples))
-        return {name: loss for name, loss in losses.items() if name not in self.replaced} | adversarial
+        return losses | adversarial
 
     def generate(self, batch: list[dict]) -> tuple[dict[str, Tensor], Samples | None]:
         """Mask R-CNN's losses and the samples; ({}, None) when Detectron2 breaks off because a proposal is not finite."""
@@ -116,6 +128,32 @@ class AdversarialTrainer(StandardTrainer):
         if samples > 0:
             means |= {"accuracy_box_real": real / samples, "accuracy_box_fake": fake / samples}
         self.storage.put_scalars(**means)
+
+
+def refuse_unfit(cfg: CfgNode, model: torch.nn.Module) -> None:
+    """Raise ConfigError where the model hands out no samples, or a key contradicts the game."""
+    if not isinstance(model, GANMaskRCNN):
+        raise ConfigError(
+            f"MODEL.META_ARCHITECTURE is '{cfg.MODEL.META_ARCHITECTURE}': AdversarialTrainer needs GANMaskRCNN, whose "
+            "forward pass returns samples for the discriminators."
+        )
+    if not isinstance(model.roi_heads, GANMaskROIHeads):
+        raise ConfigError(
+            f"MODEL.ROI_HEADS.NAME is '{cfg.MODEL.ROI_HEADS.NAME}': AdversarialTrainer needs GANMaskROIHeads, which "
+            "make the samples."
+        )
+    if model.proposal_generator is None:
+        raise ConfigError(
+            f"MODEL.PROPOSAL_GENERATOR.NAME is '{cfg.MODEL.PROPOSAL_GENERATOR.NAME}': AdversarialTrainer needs a generator of "
+            "proposals, such as 'RPN'."
+        )
+    steps = cfg.MODEL.GANMASK.DISCRIMINATOR_STEPS
+    if steps < 1:
+        raise ConfigError(f"MODEL.GANMASK.DISCRIMINATOR_STEPS is {steps}: expected at least 1.")
+    if cfg.SOLVER.ACCUMULATE > 1:
+        raise ConfigError(
+            f"SOLVER.ACCUMULATE is {cfg.SOLVER.ACCUMULATE}: AdversarialTrainer needs 1: its players take turns on a batch."
+        )
 
 
 @contextmanager

@@ -38,21 +38,22 @@ def narrow(name: str):
 
 
 @pytest.mark.parametrize(
-    "data, depth, images, rate, drops, iterations, sizes, test_size",
+    "data, depth, images, rate, drops, iterations, sizes, test_size, longest",
     [
-        ("phone_{}_R_101_FPN", 101, 16, 0.01, (18_000, 24_000), 27_000, (400, 600), 400),
-        ("cityscapes10_{}_R_50_FPN", 50, 8, 0.01, (18_000,), 24_000, (800, 1024), 1024),
-        ("coco_{}_R_101_FPN", 101, 8, 0.01, (120_000, 160_000), 180_000, (800,), 800),
-        ("gland_{}_R_50_FPN", 50, 8, 0.01, (1_500,), 2_000, (400, 522), 522),
+        ("phone_{}_R_101_FPN", 101, 16, 0.01, (18_000, 24_000), 27_000, (400, 600), 400, 2048),
+        ("cityscapes10_{}_R_50_FPN", 50, 8, 0.01, (18_000,), 24_000, (800, 1024), 1024, 2048),
+        ("coco_{}_R_101_FPN", 101, 8, 0.01, (120_000, 160_000), 180_000, (800,), 800, 1333),
+        ("gland_{}_R_50_FPN", 50, 8, 0.01, (1_500,), 2_000, (400, 522), 522, 1333),
     ],
 )
-def test_settings_of_section_4(data, depth, images, rate, drops, iterations, sizes, test_size):
+def test_settings_of_section_4(data, depth, images, rate, drops, iterations, sizes, test_size, longest):
     for kind, losses in (("ganmask", "both"), ("mask_rcnn", "baseline")):
         cfg = row(data.format(kind))
         solver, ganmask = cfg.SOLVER, cfg.MODEL.GANMASK
         assert (losses, depth) == (ganmask.LOSSES, cfg.MODEL.RESNETS.DEPTH)
         assert (solver.IMS_PER_BATCH, solver.BASE_LR, tuple(solver.STEPS), solver.MAX_ITER) == (images, rate, drops, iterations)
         assert (tuple(cfg.INPUT.MIN_SIZE_TRAIN), cfg.INPUT.MIN_SIZE_TEST) == (sizes, test_size)
+        assert cfg.INPUT.MAX_SIZE_TRAIN == cfg.INPUT.MAX_SIZE_TEST == longest
         assert cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range" or len(sizes) == 1
         assert (solver.OPTIMIZER, solver.MOMENTUM, solver.WEIGHT_DECAY) == ("SGD", 0.9, 0.0001)
         assert solver.WEIGHT_DECAY_NORM == solver.WEIGHT_DECAY and solver.GAMMA == 0.1
@@ -61,10 +62,10 @@ def test_settings_of_section_4(data, depth, images, rate, drops, iterations, siz
 
 def test_tables_5_and_6():
     assert row("phone_adversarial_R_101_FPN").MODEL.GANMASK.LOSSES == "adversarial"
-    for layers in (3, 4):
+    for layers, scales in ((3, [1, 1, 2, 4]), (4, [1, 1, 2, 2, 4])):
         for name in (f"phone_ganmask_{layers}_layers_R_101_FPN", f"shapes_ganmask_{layers}_layers_R_18_FPN"):
             ganmask = row(name).MODEL.GANMASK
-            assert (layers, "both") == (ganmask.DISCRIMINATOR_LAYERS, ganmask.LOSSES)
+            assert (layers, "both", scales) == (ganmask.DISCRIMINATOR_LAYERS, ganmask.LOSSES, ganmask.FEATURE_SCALES)
 
 
 @pytest.mark.parametrize("name", [name for name in ROWS if "mask_rcnn" not in name])

@@ -14,7 +14,7 @@ from ganmask.losses import box_generator_loss, mask_distance
 from ganmask.trainer import AdversarialTrainer
 from projects.engine.divergence import DivergedError
 from projects.engine.trainer import StandardTrainer, build_trainer
-from projects.errors import ConfigError
+from projects.errors import CheckpointError, ConfigError
 
 GAME = {"loss_adv_box", "loss_adv_mask"}
 MASK_RCNN = {"loss_cls", "loss_box_reg", "loss_mask", "loss_rpn_cls", "loss_rpn_loc"}
@@ -79,7 +79,7 @@ def test_who_steps_in_each_half(gan_cfg, losses):
         seen["discriminators"] = with_gradient(trainer.discriminators, "discriminators")
         seen["generator"] = with_gradient(trainer.model, "model")
         trainer.discriminator_optimizer.zero_grad(set_to_none=True)
-        record(found, *others)
+        return record(found, *others)
 
     trainer.record = between
     before = weights(trainer)
@@ -206,6 +206,15 @@ def test_resumed_run_is_the_same_run_bit_by_bit(gan_cfg, tmp_path):
             assert a.get(name) == b.get(name), name
 
 
+def test_a_game_does_not_go_on_without_its_discriminators(gan_cfg, caplog):
+    run(gan_cfg("SOLVER.MAX_ITER", 2, "MODEL.GANMASK.LOSSES", "baseline"))
+    with pytest.raises(CheckpointError, match="model_final.pth' has no discriminators.*START_ITER 2"):
+        run(gan_cfg("SOLVER.MAX_ITER", 3), resume=True)
+    assert run(gan_cfg("SOLVER.MAX_ITER", 3, "MODEL.GANMASK.START_ITER", 2), resume=True).start_iter == 2
+    assert "has no discriminators: they are new, for the game that starts in iteration 2" in caplog.text
+    assert run(gan_cfg("SOLVER.MAX_ITER", 4), resume=True).start_iter == 3
+
+
 def test_the_detector_is_a_plain_mask_rcnn(gan_cfg, tmp_path):
     cfg = gan_cfg("SOLVER.MAX_ITER", 2, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0)
     trainer = run(cfg)
@@ -271,6 +280,20 @@ def test_divergence_stops_before_anyone_steps(gan_cfg):
     assert differing(before, weights(trainer)) == []
 
 
+def test_losses_that_are_left_out_may_be_anything(gan_cfg, tmp_path):
+    trainer = AdversarialTrainer(gan_cfg("SOLVER.MAX_ITER", 2, "MODEL.GANMASK.LOSSES", "adversarial"))
+    generate = trainer.generate
+
+    def broken(batch):
+        losses, samples = generate(batch)
+        return losses | {"loss_mask": losses["loss_mask"] * float("inf")}, samples
+
+    trainer.generate = broken
+    trainer.train()
+    for record in records(tmp_path / "output"):
+        assert "loss_mask" not in record and record["total_loss"] < float("inf")
+
+
 def test_forward_that_breaks_off(gan_cfg):
     trainer = AdversarialTrainer(gan_cfg("SOLVER.MAX_ITER", 2))
 
@@ -297,7 +320,10 @@ def test_discriminators_that_diverge_are_noticed(gan_cfg):
     [
         (["MODEL.GANMASK.LOSSES", "gan"], "LOSSES is 'gan': expected 'both', 'adversarial' or 'baseline'"),
         (["MODEL.META_ARCHITECTURE", "GeneralizedRCNN"], "AdversarialTrainer needs GANMaskRCNN"),
+        (["MODEL.ROI_HEADS.NAME", "StandardROIHeads"], "'StandardROIHeads': AdversarialTrainer needs GANMaskROIHeads"),
+        (["MODEL.PROPOSAL_GENERATOR.NAME", "PrecomputedProposals"], "'PrecomputedProposals': AdversarialTrainer needs a gen"),
         (["MODEL.GANMASK.DISCRIMINATOR_STEPS", 0], "DISCRIMINATOR_STEPS is 0: expected at least 1"),
+        (["SOLVER.ACCUMULATE", 2], "ACCUMULATE is 2: AdversarialTrainer.*needs 1"),
     ],
 )
 def test_bad_settings(gan_cfg, opts, message):
