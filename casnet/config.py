@@ -15,7 +15,7 @@ def add_casnet_config(cfg: CfgNode) -> None:
     cfg.MODEL.CASNET.SEMANTIC_WEIGHTS = ""
     # For each thing class its number among the semantic classes (the train ids of Cityscapes' eight: 11 to 18).
     cfg.MODEL.CASNET.THING_LABELS = [11, 12, 13, 14, 15, 16, 17, 18]
-    # Image pixels per cell of the grid that the heads predict on: 2, 4 or 8 with HRNet, any with others (section III.A).
+    # Image pixels per cell of the grid that the heads predict on (section III.A): 2, 4 or 8.
     cfg.MODEL.CASNET.OUTPUT_STRIDE = 4
     # HRNet (section III.A): W, the channels of the branch of 1/4; the others have 2W, 4W and 8W.
     cfg.MODEL.CASNET.HRNET_WIDTH = 48
@@ -23,7 +23,8 @@ def add_casnet_config(cfg: CfgNode) -> None:
     cfg.MODEL.CASNET.HRNET_MODULES = [1, 4, 3]
     # HRNet: residual blocks of stage 1, and of every branch of a module.
     cfg.MODEL.CASNET.HRNET_BLOCKS = 4
-    # HRNet: how its fusions enlarge, "nearest" (ImageNet weights) or "bilinear" (the official segmentation weights).
+    # HRNet: how its fusions enlarge, "nearest" (ImageNet weights) or "bilinear" (the official segmentation weights; a second
+    # network that has these is always "bilinear").
     cfg.MODEL.CASNET.HRNET_UPSAMPLE = "nearest"
     # HRNet's weights where MODEL.WEIGHTS is empty: "timm" fetches ImageNet ones; a file in the official format; "" none.
     cfg.MODEL.CASNET.HRNET_WEIGHTS = ""

@@ -166,6 +166,7 @@ def check_labels(cfg: CfgNode) -> None:
     """Raise ConfigError where MODEL.CASNET.THING_LABELS is used and contradicts the class names of the training data."""
     labels = cfg.MODEL.CASNET.THING_LABELS
     used = cfg.MODEL.CASNET.TASK == "panoptic" or cfg.MODEL.CASNET.MODE == "separated"
+    used = used and cfg.MODEL.META_ARCHITECTURE != "SemanticSegmentor"
     metadata = MetadataCatalog.get(cfg.DATASETS.TRAIN[0] if cfg.DATASETS.TRAIN else "__none__")
     things, semantic = metadata.get("thing_classes"), metadata.get("stuff_classes")
     if not used or not things or not semantic:

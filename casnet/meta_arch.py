@@ -114,6 +114,11 @@ class CASNet(nn.Module):
     def device(self) -> torch.device:
         return self.pixel_mean.device
 
+    @property
+    def size_divisibility(self) -> int:
+        """Of which the sides of padded images are multiples: 32 at least, so that the maps of a pyramid fit the grid."""
+        return max(self.backbone.size_divisibility, 32)
+
     def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
         """
         Args:
@@ -127,7 +132,7 @@ class CASNet(nn.Module):
             "panoptic_seg" (see :func:`.panoptic_map`).
         """
         images = [(image["image"].to(self.device) - self.pixel_mean) / self.pixel_std for image in batched_inputs]
-        images = ImageList.from_tensors(images, self.backbone.size_divisibility)
+        images = ImageList.from_tensors(images, self.size_divisibility)
         fused = self.fusion(self.backbone(images.tensor))
         distances = F.softplus(self.heads["attributes"](fused).float())
         probability = self.heads["probability"](fused)
@@ -155,7 +160,7 @@ class CASNet(nn.Module):
 
         def stacked(key: str, padding: int) -> Tensor:
             maps = [image[key].to(self.device) for image in batched_inputs]
-            return ImageList.from_tensors(maps, self.backbone.size_divisibility, padding).tensor
+            return ImageList.from_tensors(maps, self.size_divisibility, padding).tensor
 
         num_classes = self.heads["probability"].out_channels
         of_images = [

@@ -35,7 +35,8 @@ def distance_maps(size: tuple[int, int], attributes: dict) -> list[np.ndarray]:
     distances = attributes["distances"].cpu()
     cells = cell_of_pixels(size, attributes["grid_size"], distances.shape[1:])
     of_pixels = distances.flatten(1)[:, cells]
-    gray = (of_pixels / of_pixels.amax() * 255).round().to(torch.uint8)
+    greatest = of_pixels.amax().clamp(min=torch.finfo(of_pixels.dtype).tiny)
+    gray = (of_pixels / greatest * 255).round().to(torch.uint8)
     return [Canvas(np.repeat(side.numpy()[:, :, None], 3, axis=2)).pixels for side in gray]
 
 

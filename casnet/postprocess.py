@@ -9,6 +9,7 @@ vote in each, and neither overlaps nor holes arise. There is no loop over pixels
 chunks of bounded memory.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -97,7 +98,7 @@ class CommonAttributeSupport:
         """
         num_classes, height, width = probabilities.shape
         boxes = predicted_boxes(distances)
-        seeds = self.find_seeds(probabilities, boxes)
+        seeds = self.find_seeds(probabilities, boxes, grid_size)
 
         inside = classes >= 0
         cells = cell_of_pixels(classes.shape, grid_size, (height, width)).to(classes.device)
@@ -112,16 +113,25 @@ class CommonAttributeSupport:
         seed_of_pixel[inside] = seed_of_pair[pair_of_pixel]
         return (*self.gather(seed_of_pixel, seeds, certainty), seeds)
 
-    def find_seeds(self, probabilities: Tensor, boxes: Tensor) -> Seeds:
-        """The most probable positions (probabilities (K, h, w)) and their boxes (h * w, 4) after NMS within each class."""
-        flat = probabilities.flatten()
-        positions = (flat > self.seed_threshold).nonzero().squeeze(1)
-        if len(positions) > self.pre_nms_topk:
-            positions = positions[flat[positions].topk(self.pre_nms_topk).indices]
-        cells = positions % len(boxes)
-        classes = torch.div(positions, len(boxes), rounding_mode="floor")
-        kept = batched_nms(boxes[cells], flat[positions], classes, self.nms_threshold)[: self.max_seeds]
-        return Seeds(boxes[cells[kept]], flat[positions[kept]], classes[kept], cells[kept])
+    def find_seeds(self, probabilities: Tensor, boxes: Tensor, grid_size: tuple[float, float]) -> Seeds:
+        """The most probable positions of the image after NMS within each class.
+
+        Args:
+            probabilities: (K, h, w).
+            boxes: (h * w, 4).
+            grid_size: height and width of the image in cells. What lies beyond is padding, where no head was trained.
+        """
+        height, width = map(math.ceil, grid_size)
+        classes, rows, columns = (probabilities[:, :height, :width] > self.seed_threshold).nonzero().unbind(1)
+        scores, cells = probabilities[classes, rows, columns], rows * probabilities.shape[2] + columns
+        if len(cells) > self.pre_nms_topk:
+            scores, best = scores.topk(self.pre_nms_topk)
+            classes, cells = classes[best], cells[best]
+        of_cells = boxes[cells]
+        if len(cells):  # torchvision keeps classes apart only where no coordinate is negative
+            of_cells = of_cells - of_cells.amin()
+        kept = batched_nms(of_cells, scores, classes, self.nms_threshold)[: self.max_seeds]
+        return Seeds(boxes[cells[kept]], scores[kept], classes[kept], cells[kept])
 
     def vote(self, boxes: Tensor, classes: Tensor, seeds: Seeds) -> Tensor:
         """(P,) int64: for each cell's box (P, 4) and class (P,) the seed it supports, or NO_INSTANCE if its class has none."""

@@ -34,7 +34,7 @@ class SemanticNetwork:
 def build_semantic_network(cfg: CfgNode) -> SemanticNetwork:
     """The network of a config such as semantic_hrnet_w48.yaml, with ``cfg``'s backbone, and MODEL.CASNET.SEMANTIC_WEIGHTS.
 
-    The file is one of that config's, or one of HRNet's authors for semantic segmentation.
+    The file is one of that config's, or one of HRNet's authors for semantic segmentation, whose network enlarges bilinearly.
 
     Raises:
         CheckpointError: there is no such file, or it does not fit.
@@ -49,10 +49,13 @@ def build_semantic_network(cfg: CfgNode) -> SemanticNetwork:
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.CASNET.HRNET_WEIGHTS = ""
-    network = META_ARCH_REGISTRY.get("SemanticSegmentor")(cfg)
     try:
         weights = official_weights(path)
-        if "conv1.weight" in weights and isinstance(network.backbone, HRNet):
+        official = "conv1.weight" in weights
+        if official:
+            cfg.MODEL.CASNET.HRNET_UPSAMPLE = "bilinear"
+        network = META_ARCH_REGISTRY.get("SemanticSegmentor")(cfg)
+        if official and isinstance(network.backbone, HRNet):
             load_official(network, weights, path)
         else:
             checkpointer = Checkpointer(network)

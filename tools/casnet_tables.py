@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """CASNet's Tables III (AP by class) and IV (PQ, SQ, RQ of things and stuff) as Markdown, from evaluations.
 
-    python tools/casnet_tables.py output/casnet/shapes_panoptic_oracle
+    python tools/casnet_tables.py output/casnet/instance_oracle      Table III
+    python tools/casnet_tables.py output/casnet/panoptic_oracle      Table IV, and the AP of that row in the form of Table III
 
 An argument is a folder with a results.json, or such a file. Several are runs of one row: then a cell is "mean (spread)", the
 spread being the largest less the smallest. A table whose metrics are absent is left out.
@@ -14,6 +15,8 @@ from pathlib import Path
 
 from tabulate import tabulate
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from projects.engine.launch import guarded
 from projects.errors import DataError
 
@@ -21,14 +24,17 @@ Results = list[dict[str, dict[str, float]]]  # of each run: {task: {metric: valu
 
 
 def read_results(places: list[str]) -> Results:
-    """The content of each results.json. Raises DataError where one is missing or damaged."""
+    """The content of each results.json. Raises DataError where one is missing, damaged or something else."""
     found = []
     for place in map(Path, places):
         path = place / "results.json" if place.is_dir() else place
         try:
-            found.append(json.loads(path.read_bytes()))
+            content = json.loads(path.read_bytes())
         except (OSError, ValueError) as error:
             raise DataError(f"'{path}' cannot be read ({error}). Expected the results.json of an evaluation.") from error
+        if not isinstance(content, dict) or not all(isinstance(metrics, dict) for metrics in content.values()):
+            raise DataError(f"'{path}' does not hold metrics by task. Expected the results.json of an evaluation.")
+        found.append(content)
     return found
 
 
@@ -58,7 +64,12 @@ def table_4(runs: Results) -> str:
 
 def main(args: argparse.Namespace) -> int:
     runs = read_results(args.runs)
-    for task, number, table in (("segm", "III", table_3), ("panoptic_seg", "IV", table_4)):
+    tables = {"segm": ("III", table_3), "panoptic_seg": ("IV", table_4)}
+    if not tables.keys() & runs[0].keys():
+        raise DataError(
+            f"'{args.runs[0]}' has {', '.join(runs[0]) or 'nothing'}: expected an evaluation with {' or '.join(tables)}."
+        )
+    for task, (number, table) in tables.items():
         if task in runs[0]:
             print(f"Table {number}\n\n{table(runs)}\n")
     return 0

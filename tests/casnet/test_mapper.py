@@ -174,6 +174,8 @@ def test_labels_that_contradict_the_data(narrow, shapes_root):
     cfg.MODEL.CASNET.MODE = "separated"
     with pytest.raises(ConfigError, match="THING_LABELS"):
         build_mapper(cfg, is_train=True)
+    cfg.MODEL.META_ARCHITECTURE = "SemanticSegmentor"  # without things
+    assert isinstance(build_mapper(cfg, is_train=True), CASNetMapper)
 
 
 def test_every_instance_of_the_shapes_has_its_owner(narrow, shapes_root):

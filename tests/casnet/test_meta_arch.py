@@ -96,6 +96,16 @@ def test_training_needs_the_mapper(narrow):
         build_model(narrow("panoptic_joint"))([broken])
 
 
+def test_a_backbone_that_asks_for_no_padding(narrow):
+    """The maps of a plain ResNet fit the grid of the targets, also for odd sides."""
+    opts = ["MODEL.BACKBONE.NAME", "build_resnet_backbone", "MODEL.SEM_SEG_HEAD.IN_FEATURES", ["res2", "res3", "res4", "res5"]]
+    model = build_model(narrow("panoptic_joint_R_50_FPN", *opts))
+    assert model.backbone.size_divisibility == 0
+    assert all(torch.isfinite(loss) for loss in model([sample(61, 91)]).values())
+    output = predict(model.eval(), [{"image": sample(61, 91)["image"], "height": 61, "width": 91}])[0]
+    assert output["sem_seg"].shape == (19, 61, 91) and output["common_attributes"]["distances"].shape == (4, 16, 24)
+
+
 @pytest.mark.slow
 def test_an_image_is_learned_by_heart(shapes_root, narrow):
     """After enough steps on one scene its instances come out again."""
@@ -317,7 +327,12 @@ def test_separated_reads_the_official_segmentation_weights(narrow, official, tmp
     state = {f"model.{name}": torch.rand(shape, generator=generator) for name, shape in shapes.items()}
     torch.save(state, tmp_path / "official.pth")
     opts = [*full, "MODEL.CASNET.SEMANTIC_WEIGHTS", str(tmp_path / "official.pth")]
-    network = build_model(narrow("panoptic_separated", *opts)).semantic_network.network
+    model = build_model(narrow("panoptic_separated", *opts))
+    network = model.semantic_network.network
+    modes = [
+        {m.mode for m in net.backbone.modules() if isinstance(m, nn.Upsample)} for net in (model, network)
+    ]
+    assert modes == [{"nearest"}, {"bilinear"}]
     for name, value in network.backbone.net.state_dict().items():
         assert torch.equal(value, state[f"model.{name}"].to(value.dtype)), name
 

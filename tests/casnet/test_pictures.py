@@ -56,6 +56,11 @@ def test_six_pictures(output):
     assert (seeds[int(middle), int(middle)] == 255).all()
 
 
+def test_distances_of_nothing_are_black():
+    maps = distance_maps((8, 12), {"distances": torch.zeros(4, 4, 6), "grid_size": (4, 6)})
+    assert not any(picture.any() for picture in maps)
+
+
 def test_points_are_scaled_to_the_image():
     x, y = scaled((torch.tensor([1.0, 3.0]), torch.tensor([0.5, 2.0])), (20, 60), (2.0, 3.0))
     assert x.tolist() == [20, 60] and y.tolist() == [5, 20]

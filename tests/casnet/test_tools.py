@@ -37,6 +37,11 @@ def test_tables(tmp_path, capsys):
     assert tables.cell([{"segm": {}}, {"segm": {"AP": 1.0}}], "segm", "AP") == "-"
     with pytest.raises(DataError, match="absent' cannot be read"):
         tables.read_results([str(tmp_path / "absent")])
+    for content, said in (("[1]", "does not hold metrics"), ('{"segm": 3}', "does not hold metrics"), ("{}", "has nothing"),
+                          ('{"bbox": {}}', "has bbox: expected an evaluation with segm or panoptic_seg")):  # fmt: skip
+        (tmp_path / "other.json").write_text(content)
+        with pytest.raises(DataError, match=said):
+            tables.main(SimpleNamespace(runs=[str(tmp_path / "other.json")]))
 
 
 @pytest.mark.slow
@@ -46,5 +51,5 @@ def test_the_benchmarks_street_has_sixty_instances_that_come_out():
     owner, instances, seeds = benchmark.post_process(scene, support)
     assert len(seeds.cells) == len(instances) == benchmark.INSTANCES
     assert torch.equal(owner >= 0, scene["labels"] > 0)
-    seconds, same = benchmark.plain_loop(scene, support, cells=300)
+    seconds, same = benchmark.plain_loop(scene, support, pixels=300)
     assert same == 1 and seconds > 0
