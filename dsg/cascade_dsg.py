@@ -22,7 +22,7 @@ from .fusion import FeatureFusion
 from .htc import HTCROIHeads
 from .mask_rpn import attach_masks
 from .mpn import MPN, chunk_size, in_chunks, logits_and_features, run_in_chunks
-from .roi_heads import check_proposal_generator, give_masks_to_boxes, pooling_stride, without_proposals
+from .roi_heads import check_proposal_generator, checked_mask_features, give_masks_to_boxes, pooling_stride, without_proposals
 
 
 @ROI_HEADS_REGISTRY.register()
@@ -38,6 +38,8 @@ class CascadeDSGROIHeads(HTCROIHeads):
         box_fusions, mask_fusions: w_b and w_m of every stage, or None.
         guide_box: pool with SgRoIAlign for the box heads.
         detach_probs: no gradient through M^t.
+        mask_features_test: "proposal" or "detection" (MODEL.DSG.MASK_FEATURES_TEST): whose F_^0 the first mask head fuses for
+            the final boxes.
     """
 
     @configurable
@@ -48,6 +50,7 @@ class CascadeDSGROIHeads(HTCROIHeads):
         mask_fusions: list[FeatureFusion] | None,
         guide_box: bool,
         detach_probs: bool,
+        mask_features_test: str = "proposal",
         **heads,
     ):
         super().__init__(**heads)
@@ -56,7 +59,8 @@ class CascadeDSGROIHeads(HTCROIHeads):
         self.guide_box = guide_box
         self.detach_probs = detach_probs
         if mask_fusions is not None:
-            self.handed_on = ("proposal_boxes", "proposal_mask_features")
+            if mask_features_test == "proposal":
+                self.handed_on = ("proposal_boxes", "proposal_mask_features")
             self.mask_fields = (*self.mask_fields, "proposal_mask_features")
 
     @classmethod
@@ -82,6 +86,7 @@ class CascadeDSGROIHeads(HTCROIHeads):
             "mask_fusions": fusions(1) if dsg.FUSION_MASK else None,
             "guide_box": dsg.SGRA_BOX,
             "detach_probs": dsg.DETACH_PROBS,
+            "mask_features_test": checked_mask_features(cfg),
         }
 
     def label_and_sample_proposals(self, proposals: list[Instances], targets: list[Instances]) -> list[Instances]:
@@ -90,11 +95,17 @@ class CascadeDSGROIHeads(HTCROIHeads):
             return proposals
         return super().label_and_sample_proposals(proposals, targets)
 
+    def forward(self, images, features, proposals, targets=None, mpn: MPN | None = None):
+        """As CascadeMaskROIHeads'. ``mpn`` is what :meth:`forward_with_given_boxes` takes."""
+        if self.training:
+            return super().forward(images, features, proposals, targets)
+        return self.forward_with_given_boxes(features, self._detect(features, proposals), mpn), {}
+
     def forward_with_given_boxes(
         self, features: dict[str, Tensor], instances: list[Instances], mpn: MPN | None = None
     ) -> list[Instances]:
         """As that of :class:`dsg.roi_heads.DSGROIHeads`."""
-        if self.handed_on:
+        if self.mask_fusions is not None and self.mask_on:
             give_masks_to_boxes(mpn, features, instances)
         return without_proposals(super().forward_with_given_boxes(features, instances))
 

@@ -21,6 +21,9 @@ def add_dsg_config(cfg: CfgNode) -> None:
     # What the MPN computes in at inference: "float32", or "bfloat16", which halves the memory of its features, and its time
     # where the processor computes in it.
     cfg.MODEL.DSG.MPN_DTYPE_TEST = "float32"
+    # Whose F_ (and P, for SGRA_MASK) a detection's mask sees at inference: "proposal", that of the proposal it came from, which
+    # lies on another box (section 3.3), or "detection": the MPN runs once more, on the detections (ours).
+    cfg.MODEL.DSG.MASK_FEATURES_TEST = "proposal"
 
     # Cascade DSG and HTC (ROI_HEADS.NAME "CascadeMaskROIHeads", "HTCROIHeads", "CascadeDSGROIHeads"), section 3.5.
     # A stage's mask head runs on the boxes that the stage predicts (B^t of Eq. 3; HTC's interleaved execution).

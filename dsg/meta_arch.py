@@ -13,6 +13,7 @@ from torch import Tensor
 
 from projects.errors import DataError
 
+from .mask_rpn import MaskRPN
 from .semantic_branch import SEMANTIC, SemanticBranch
 
 
@@ -89,12 +90,11 @@ class DSGRCNN(GeneralizedRCNN):
         if self.semantic_branch is not None:
             _, features[SEMANTIC] = self.semantic_branch(features)
         features = {name: level.contiguous(memory_format=torch.channels_last) for name, level in features.items()}
+        mpn = {"mpn": self.proposal_generator.mpn} if isinstance(self.proposal_generator, MaskRPN) else {}
         if detected_instances is None:
             proposals, _ = self.proposal_generator(images, features)
-            results, _ = self.roi_heads(images, features, proposals)
+            results, _ = self.roi_heads(images, features, proposals, **mpn)
         else:
             instances = [x.to(self.device) for x in detected_instances]
-            mpn = getattr(self.proposal_generator, "mpn", None)
-            given = () if mpn is None else (mpn,)
-            results = self.roi_heads.forward_with_given_boxes(features, instances, *given)
+            results = self.roi_heads.forward_with_given_boxes(features, instances, **mpn)
         return self._postprocess(results, batched_inputs, images.image_sizes) if do_postprocess else results

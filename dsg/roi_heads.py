@@ -33,6 +33,7 @@ class DSGROIHeads(StandardROIHeads):
         box_fusion, mask_fusion: F_B and F_M, or None.
         guide_box, guide_mask: SgRA_B and SgRA_M: pool with SgRoIAlign, guided by P.
         detach_probs: no gradient through P.
+        mask_features_test: "proposal" or "detection" (MODEL.DSG.MASK_FEATURES_TEST).
     """
 
     @configurable
@@ -44,6 +45,7 @@ class DSGROIHeads(StandardROIHeads):
         guide_box: bool,
         guide_mask: bool,
         detach_probs: bool,
+        mask_features_test: str = "proposal",
         **heads,
     ):
         super().__init__(**heads)
@@ -54,7 +56,8 @@ class DSGROIHeads(StandardROIHeads):
         self.detach_probs = detach_probs
         used = {"proposal_mask_probs": guide_mask, "proposal_mask_features": mask_fusion is not None}
         needed = tuple(name for name, on in used.items() if on and self.mask_on)
-        self.handed_on = ("proposal_boxes", *needed) if needed else ()
+        self.masks_need_mpn = bool(needed)
+        self.handed_on = ("proposal_boxes", *needed) if needed and mask_features_test == "proposal" else ()
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]):
@@ -79,6 +82,7 @@ class DSGROIHeads(StandardROIHeads):
             "guide_box": dsg.SGRA_BOX,
             "guide_mask": dsg.SGRA_MASK,
             "detach_probs": dsg.DETACH_PROBS,
+            "mask_features_test": checked_mask_features(cfg),
         }
 
     @classmethod
@@ -97,12 +101,18 @@ class DSGROIHeads(StandardROIHeads):
             return proposals
         return super().label_and_sample_proposals(proposals, targets)
 
+    def forward(self, images, features, proposals, targets=None, mpn: MPN | None = None):
+        """As StandardROIHeads'. ``mpn`` is what :meth:`forward_with_given_boxes` takes."""
+        if self.training:
+            return super().forward(images, features, proposals, targets)
+        return self.forward_with_given_boxes(features, self._forward_box(features, proposals), mpn), {}
+
     def forward_with_given_boxes(
         self, features: dict[str, Tensor], instances: list[Instances], mpn: MPN | None = None
     ) -> list[Instances]:
-        """As StandardROIHeads'. Detections of this class's own box head bring what their proposals carried; for other boxes
-        (test-time augmentation) the box takes its proposal's place, and ``mpn`` computes the rest."""
-        if self.handed_on:
+        """As StandardROIHeads'. Detections bring what their proposals carried (``handed_on``); where they do not, and for other
+        boxes (test-time augmentation), the box takes its proposal's place, and ``mpn`` computes the rest."""
+        if self.masks_need_mpn and self.mask_on:
             give_masks_to_boxes(mpn, features, instances)
         return without_proposals(super().forward_with_given_boxes(features, instances))
 
@@ -155,6 +165,15 @@ def check_proposal_generator(cfg: CfgNode) -> None:
             f"MODEL.ROI_HEADS.NAME '{cfg.MODEL.ROI_HEADS.NAME}' needs the masks that MODEL.PROPOSAL_GENERATOR.NAME 'MaskRPN' "
             f"gives its proposals; found '{cfg.MODEL.PROPOSAL_GENERATOR.NAME}'."
         )
+
+
+def checked_mask_features(cfg: CfgNode) -> str:
+    """MODEL.DSG.MASK_FEATURES_TEST. Raises ConfigError for an unknown value."""
+    if cfg.MODEL.DSG.MASK_FEATURES_TEST not in ("proposal", "detection"):
+        raise ConfigError(
+            f"MODEL.DSG.MASK_FEATURES_TEST is '{cfg.MODEL.DSG.MASK_FEATURES_TEST}': expected 'proposal' or 'detection'."
+        )
+    return cfg.MODEL.DSG.MASK_FEATURES_TEST
 
 
 def pooling_stride(cfg: CfgNode) -> int:

@@ -144,6 +144,7 @@ def test_mask_loss_reaches_the_pyramid_through_the_mpn(small_model, inputs, stor
         (("MODEL.MASK_ON", False), "set MODEL.MASK_ON True"),
         (("MODEL.PROPOSAL_GENERATOR.NAME", "RPN"), "needs the masks that MODEL.PROPOSAL_GENERATOR.NAME 'MaskRPN'"),
         (("MODEL.DSG.MPN_DTYPE_TEST", "float8"), "'float8': expected one of float32, bfloat16"),
+        (("MODEL.DSG.MASK_FEATURES_TEST", "both"), "'both': expected 'proposal' or 'detection'"),
         (("MODEL.DSG.FUSION_KERNEL", 2), "FUSION_KERNEL must be odd .*, found 2"),
         (("MODEL.ROI_MASK_HEAD.POOLER_TYPE", "ROIPool"), "must be 'ROIAlignV2', found 'ROIPool'"),
         (("MODEL.ROI_BOX_HEAD.POOLER_TYPE", "ROIAlign"), "must be 'ROIAlignV2', found 'ROIAlign'"),

@@ -318,3 +318,24 @@ def test_test_time_augmentation(small_cfg, small_model, inputs):
     found = output["instances"]
     assert len(found) == 9 and found.pred_masks.shape == (9, *SIZE)
     assert set(found.get_fields()) == {"pred_boxes", "scores", "pred_classes", "pred_masks"}
+
+
+# ---- F_ of the detection ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", ["shapes_dsg_R_18_FPN", "shapes_cascade_dsg_R_18_FPN"])
+def test_mask_features_of_the_detections(small_model, inputs, config):
+    """MASK_FEATURES_TEST "detection": what boxes get that are given as they are; the boxes themselves stay the same."""
+    found = {}
+    for whose in ("proposal", "detection"):
+        model = small_model("MODEL.DSG.MASK_FEATURES_TEST", whose, config=f"dsg/{config}.yaml")
+        with torch.no_grad():
+            found[whose] = model.inference(inputs, do_postprocess=False)
+    given = [Instances((64, 96), pred_boxes=f.pred_boxes, pred_classes=f.pred_classes) for f in found["proposal"]]
+    with torch.no_grad():
+        expected = model.inference(inputs, given, do_postprocess=False)
+    for own, theirs, again in zip(found["detection"], found["proposal"], expected, strict=True):
+        assert set(own.get_fields()) == {"pred_boxes", "scores", "pred_classes", "pred_masks"}
+        assert torch.equal(own.pred_boxes.tensor, theirs.pred_boxes.tensor)
+        torch.testing.assert_close(own.pred_masks, again.pred_masks)
+        assert not torch.allclose(own.pred_masks, theirs.pred_masks)
