@@ -93,8 +93,8 @@ def is_training_only(key: str) -> bool:
 
 
 def forgive_absence(module: QuasiMultitask, incompatible) -> None:
-    """Hook after ``load_state_dict``: weights of the auxiliary heads are not missing where none of them was there."""
-    absent = [key for key in incompatible.missing_keys if is_training_only(key)]
-    if len(absent) == len(module.state_dict()):
-        for key in absent:
+    """Hook after ``load_state_dict``: the auxiliary heads are not missing where none of their parameters was there."""
+    absent = {key.rpartition(f"{ATTRIBUTE}.")[2]: key for key in incompatible.missing_keys if is_training_only(key)}
+    if absent.keys() >= dict(module.named_parameters()).keys():
+        for key in absent.values():
             incompatible.missing_keys.remove(key)

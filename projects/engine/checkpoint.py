@@ -28,12 +28,14 @@ class Checkpointer(DetectionCheckpointer):
     - Files are loaded without running code; ``trust=True`` lifts that.
     - ``save`` writes beside the target and renames, so that a file under its final name is always whole.
     - ``resume`` takes the newest file that is whole and names those that are not.
-    - ``unloaded`` lists after a load the parameters that the file did not fill, ``resumed_from`` is the file of ``resume``.
+    - After a load ``filled`` are the parameters that the file filled, and ``unloaded`` lists those that it lacks (without the
+      ones whose module forgives that). ``resumed_from`` is the file of ``resume``.
     """
 
     def __init__(self, model, save_dir: str = "", *, trust: bool = False, **checkpointables):
         super().__init__(model, save_dir, **checkpointables)
         self.trust = trust
+        self.filled: set[str] = set()
         self.unloaded: list[str] = []
         self.resumed_from: Path | None = None
 
@@ -118,9 +120,10 @@ class Checkpointer(DetectionCheckpointer):
 
     def refuse_random(self, path: str) -> None:
         """Raise CheckpointError when the last load of a file filled no parameter at all."""
-        if path and len(self.unloaded) == len(list(self.model.parameters())):
+        if path and not self.filled:
+            count = len(list(self.model.parameters()))
             raise CheckpointError(
-                f"MODEL.WEIGHTS '{path}' fills none of the model's {len(self.unloaded)} parameters: no name and shape agrees. "
+                f"MODEL.WEIGHTS '{path}' fills none of the model's {count} parameters: no name and shape agrees. "
                 "Set it to weights of this architecture or of its backbone, or to '' to start from random weights."
             )
 
@@ -157,8 +160,14 @@ class Checkpointer(DetectionCheckpointer):
         return data if "model" in data else {"model": data}
 
     def _load_model(self, checkpoint: Any):
-        incompatible = super()._load_model(checkpoint)
+        given: set[str] = set()  # names of the file as the model gets them: matched, and without those of another shape
+        hook = self.model.register_load_state_dict_pre_hook(lambda model, weights, *_: given.update(weights))
+        try:
+            incompatible = super()._load_model(checkpoint)
+        finally:
+            hook.remove()
         parameters = {name for name, _ in self.model.named_parameters()}
+        self.filled = parameters & given
         absent = set(incompatible.missing_keys) | {name for name, *_ in incompatible.incorrect_shapes}
         self.unloaded = sorted(parameters & absent)
         return incompatible

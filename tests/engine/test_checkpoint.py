@@ -97,3 +97,27 @@ def test_unloaded_lists_what_the_file_does_not_fill(tmp_path):
     checkpointer = Checkpointer(torch.nn.Sequential(torch.nn.Linear(2, 2)))
     checkpointer.load(str(tmp_path / "a.pth"))
     assert checkpointer.unloaded == []
+
+
+def test_a_file_that_fills_nothing_is_refused_where_a_module_forgives_its_absence(tmp_path):
+    def model() -> torch.nn.Module:
+        forgiving = torch.nn.Linear(1, 1)
+        forgiving.register_load_state_dict_post_hook(lambda module, incompatible: incompatible.missing_keys.clear())
+        return torch.nn.Sequential(forgiving, torch.nn.Linear(1, 1))
+
+    contents = {
+        "foreign": {"another.weight": torch.zeros(1)},
+        "shape": {"1.bias": torch.zeros(2)},
+        "own": {"1.bias": torch.ones(1)},
+    }
+    for name, weights in contents.items():
+        torch.save({"model": weights}, tmp_path / f"{name}.pth")
+    for name in ("foreign", "shape"):
+        checkpointer = Checkpointer(model())
+        checkpointer.load(str(tmp_path / f"{name}.pth"))
+        assert checkpointer.unloaded == ["1.bias", "1.weight"]
+        with pytest.raises(CheckpointError, match=f"{name}.pth' fills none of the model's 4 parameters"):
+            checkpointer.refuse_random(f"{name}.pth")
+    checkpointer.load(str(tmp_path / "own.pth"))
+    assert checkpointer.filled == {"1.bias"} and checkpointer.unloaded == ["1.weight"]
+    checkpointer.refuse_random("own.pth")

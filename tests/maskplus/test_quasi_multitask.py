@@ -126,6 +126,21 @@ def test_absent_weights_are_missed_where_only_some_are_absent(heads):
     assert module.load_state_dict(some, strict=False).missing_keys == [auxiliary[3]]
 
 
+@pytest.mark.parametrize("with_versions", [False, True])
+def test_absence_is_forgiven_with_batch_norm_too(heads, with_versions):
+    """Its counter of batches is missing only from files that state the versions of their layers."""
+    module = heads("QUASI_SCALES", [0.5, 2.0], "MODEL.ROI_MASK_HEAD.NORM", "BN").module
+    state = module.state_dict()
+    auxiliary = [name for name in state if is_training_only(name)]
+    assert any(name.endswith("num_batches_tracked") for name in auxiliary)
+    state = state if with_versions else dict(state)
+    del state[auxiliary[0]]
+    assert module.load_state_dict(state, strict=False).missing_keys == auxiliary[:1]
+    for name in auxiliary[1:]:
+        del state[name]
+    assert module.load_state_dict(state, strict=False).missing_keys == []
+
+
 def test_wrong_scales_are_refused(heads):
     for scales in ([1.0], [0.5, 0.5], [0.5, 3.0]):
         with pytest.raises(ConfigError, match=r"QUASI_SCALES is .*expected \[\], \[0.5\], \[2.0\] or \[0.5, 2.0\]"):

@@ -95,6 +95,13 @@ def test_checkpoint_of_a_run_without_auxiliary_heads_is_not_gone_on_with(cfg):
         StandardTrainer(cfg).resume_or_load(resume=True)
 
 
+def test_foreign_weights_are_refused_with_auxiliary_heads(cfg, tmp_path):
+    cfg.MODEL.MASKPLUS.QUASI_SCALES, cfg.MODEL.WEIGHTS = [0.5], str(tmp_path / "foreign.pth")
+    torch.save({"model": {"another.weight": torch.zeros(3)}}, cfg.MODEL.WEIGHTS)
+    with pytest.raises(CheckpointError, match="foreign.pth' fills none of the model's"):
+        StandardTrainer(cfg).resume_or_load(resume=False)
+
+
 def test_what_cannot_be_stripped(tool, tmp_path, capsys):
     key = "roi_heads.mask_head.quasi_multitask.mask_half.predictor.bias"
     files = {
