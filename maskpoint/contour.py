@@ -86,7 +86,9 @@ class ContourSampler:
         if self.components == "largest":
             contours = contours[:1]
         sample = uniform_points if self.sampling == "uniform" else corner_points
-        points = sample(contours, self.num_points, generator) + 0.5
+        shares = apportion(self.num_points, [max(cv2.arcLength(contour, closed=True), 1) for contour in contours])
+        points = [sample(contour, share, generator) for contour, share in zip(contours, shares, strict=True) if share]
+        points = np.concatenate(points) + 0.5
         if self.center == "box":
             points = np.vstack([points, (width / 2, height / 2)])
         elif self.center == "centroid":
@@ -118,34 +120,28 @@ def filled_area(contour: np.ndarray) -> float:
     return cv2.contourArea(contour) + len(contour) / 2 + 1
 
 
-def uniform_points(contours: list[np.ndarray], count: int, generator: np.random.RandomState) -> np.ndarray:
-    """``count`` pixels of the contours, at equal distances along each: (count, 2) int32.
+def uniform_points(contour: np.ndarray, count: int, generator: np.random.RandomState) -> np.ndarray:
+    """``count`` pixels of a contour (P, 2) at equal distances along it: (count, 2) int32."""
+    if len(contour) <= count:
+        return contour[padded(np.arange(len(contour)), count, generator)]
+    arc = arc_positions(contour)
+    return contour[nearest(arc, np.arange(count) * arc[-1] / count) % len(contour)]
 
-    Several contours share them out by perimeter.
+
+def corner_points(contour: np.ndarray, count: int, generator: np.random.RandomState) -> np.ndarray:
+    """``count`` pixels of a contour (P, 2) nearest to the shape's strongest corners, in contour order: (count, 2) int32.
+
+    The shape is what the contour encloses, without its holes. Corners with the same nearest pixel repeat it.
     """
-    chosen = []
-    arcs = [arc_positions(contour) for contour in contours]
-    for contour, arc, share in zip(contours, arcs, apportion(count, [max(arc[-1], 1) for arc in arcs]), strict=True):
-        if len(contour) <= share:
-            chosen.append(contour[padded(np.arange(len(contour)), share, generator)])
-        else:
-            chosen.append(contour[nearest(arc, np.arange(share) * arc[-1] / share) % len(contour)])
-    return np.concatenate(chosen)
-
-
-def corner_points(contours: list[np.ndarray], count: int, generator: np.random.RandomState) -> np.ndarray:
-    """``count`` pixels of the contours nearest to the shape's strongest corners, in contour order: (count, 2) int32.
-
-    The shape is what the contours enclose, without its holes. Corners with the same nearest pixel repeat it.
-    """
-    shrink = -(-int(max(contour.max() for contour in contours) + 1) // CORNER_SIDE)
-    chain = np.concatenate([contour[::shrink] for contour in contours])
-    small = [contour[::shrink] // shrink + CORNER_MARGIN for contour in contours]
-    width, height = np.max([contour.max(axis=0) for contour in small], axis=0) + 1 + CORNER_MARGIN
+    origin = contour.min(axis=0)
+    shrink = -(-int((contour - origin).max() + 1) // CORNER_SIDE)
+    chain = contour[::shrink]
+    small = (chain - origin) // shrink + CORNER_MARGIN
+    width, height = small.max(axis=0) + 1 + CORNER_MARGIN
     shape = np.zeros((height, width), np.uint8)
-    cv2.drawContours(shape, small, -1, 255, cv2.FILLED)
+    cv2.drawContours(shape, [small], -1, 255, cv2.FILLED)
     corners = cv2.goodFeaturesToTrack(shape, count, CORNER_QUALITY, CORNER_DISTANCE)
-    on_contour = np.concatenate(small).astype(np.float32)
+    on_contour = small.astype(np.float32)
     # |a - b|^2 without |a|^2, which is the same for every b
     distances = (on_contour**2).sum(axis=1) - 2 * corners[:, 0] @ on_contour.T
     return chain[padded(distances.argmin(axis=1), count, generator)]

@@ -10,6 +10,7 @@ repeats points (contours of fewer than k pixels), each mask has a generator with
 images nor the number of processes makes a difference.
 """
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,13 +20,17 @@ from detectron2.structures import PolygonMasks
 
 import projects.data.builtin  # noqa: F401  registers the data sets that the names here are derived from
 from projects.data.coco_format import register
+from projects.data.mapper import usable_segmentation
 from projects.drawables import binary_mask
+from projects.errors import ConfigError
 from projects.evaluation import EVALUATORS, FastCOCOEvaluator
 from projects.evaluation.by_output import EvaluatorsByOutput
 from projects.evaluation.cityscapes_instance import CityscapesInstanceEvaluator
 
 from .contour import ContourSampler
 from .mapper import mask_of
+
+logger = logging.getLogger(__name__)
 
 OKS_SIGMA = 0.05  # of every point, relative to the square root of the object's area; the paper gives none
 SEED = 0  # of the generator of every mask
@@ -48,46 +53,58 @@ class ContourPointEvaluator(FastCOCOEvaluator):
         self._tasks = tuple(tasks)
         for annotation in self._coco_gt.anns.values():
             image = self._coco_gt.imgs[annotation["image_id"]]
-            annotation |= coco_keypoints(annotation["segmentation"], image["height"], image["width"], sampler)
+            annotation |= coco_keypoints(annotation.get("segmentation"), image["height"], image["width"], sampler)
 
 
-def coco_keypoints(segmentation: list | dict, height: int, width: int, sampler: ContourSampler) -> dict:
+def coco_keypoints(segmentation: list | dict | None, height: int, width: int, sampler: ContourSampler) -> dict:
     """The fields "keypoints" and "num_keypoints" of an annotation in COCO's format.
 
     Args:
-        segmentation: polygons or RLE, of an image of (height, width) pixels.
+        segmentation: polygons or RLE, of an image of (height, width) pixels; or none.
 
     Returns:
-        x, y as pixel indices, as COCO counts them, and 2 (visible), of K points; all 0 where the mask is empty, which then does
-        not count.
+        x, y as pixel indices, as COCO counts them, and 2 (visible), of K points; all 0 where there is no mask, or an empty or
+        unusable one, which then does not count.
     """
+    segmentation = usable_segmentation(segmentation, height, width) if segmentation else None
     if isinstance(segmentation, list):
         mask, corner = mask_of(PolygonMasks([segmentation]), 0)
-    else:
+    elif segmentation:
         mask, corner = binary_mask(segmentation, height, width), (0, 0)
     keypoints = np.zeros((sampler.num_keypoints, 3))
-    if mask.any():
+    if segmentation and mask.any():
         keypoints[:, :2] = sampler(mask, np.random.RandomState(SEED)) + corner - 0.5
         keypoints[:, 2] = 2
     return {"keypoints": keypoints.ravel().tolist(), "num_keypoints": int((keypoints[:, 2] > 0).sum())}
 
 
 def build_contour_point_evaluator(cfg: CfgNode, dataset_name: str, output_dir: str | None) -> ContourPointEvaluator:
-    """Boxes; masks with MODEL.MASK_ON; key points if the model has Mask Point R-CNN's heads.
+    """Boxes; masks with MODEL.MASK_ON; key points if the model has Mask Point R-CNN's heads, and without TEST.AUG.
 
     TEST.DETECTIONS_PER_IMAGE is also the number of detections that count (of key points always COCO's 20). TEST.
-    KEYPOINT_OKS_SIGMAS has K numbers, or none for :data:`OKS_SIGMA`.
+    KEYPOINT_OKS_SIGMAS has K numbers, or none for :data:`OKS_SIGMA`; ConfigError for another number.
     """
     sampler = ContourSampler.from_config(cfg)
-    optional = {"segm": cfg.MODEL.MASK_ON, "keypoints": cfg.MODEL.ROI_HEADS.NAME == "MaskPointROIHeads"}
+    sigmas = cfg.TEST.KEYPOINT_OKS_SIGMAS or [OKS_SIGMA] * sampler.num_keypoints
+    if len(sigmas) != sampler.num_keypoints:
+        raise ConfigError(
+            f"TEST.KEYPOINT_OKS_SIGMAS has {len(sigmas)} numbers: expected {sampler.num_keypoints}, one for each contour point "
+            f"and for the centre if there is one, or none, which is {OKS_SIGMA} for all."
+        )
+    tasks = ["bbox", "segm"] if cfg.MODEL.MASK_ON else ["bbox"]
+    if cfg.MODEL.ROI_HEADS.NAME == "MaskPointROIHeads":
+        if cfg.TEST.AUG.ENABLED:
+            logger.warning("%s: no key points are evaluated, since test-time augmentation (TEST.AUG) gives none.", dataset_name)
+        else:
+            tasks.append("keypoints")
     limit = cfg.TEST.DETECTIONS_PER_IMAGE  # Detectron2's heads take a negative number as no limit
     return ContourPointEvaluator(
         dataset_name,
-        ["bbox", *(task for task, wanted in optional.items() if wanted)],
+        tasks,
         sampler,
         output_dir=output_dir,
         max_dets_per_image=limit if limit > 0 else None,
-        kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS or [OKS_SIGMA] * sampler.num_keypoints,
+        kpt_oks_sigmas=sigmas,
     )
 
 
@@ -108,13 +125,15 @@ def register_points(source: str) -> None:
     """
     metadata = MetadataCatalog.get(source).as_dict()
     numbered = metadata["evaluator_type"] == "cityscapes_instance"
+    own = {"name": f"{source}_points", "evaluator_type": TYPES[metadata["evaluator_type"]]}
 
     def load() -> list[dict]:
         records = DatasetCatalog.get(source)
+        named = MetadataCatalog.get(source).as_dict()  # some data sets get the names of their classes when they are loaded
+        MetadataCatalog.get(own["name"]).set(**named | own)
         return [dict(record, image_id=i) for i, record in enumerate(records, start=1)] if numbered else records
 
-    evaluator_type = TYPES[metadata["evaluator_type"]]
-    register(**metadata | {"name": f"{source}_points", "load": load, "evaluator_type": evaluator_type})
+    register(load=load, **metadata | own)
 
 
 EVALUATORS["coco_points"] = build_contour_point_evaluator

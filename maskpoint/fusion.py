@@ -25,7 +25,8 @@ class EdgeFusion(nn.Module):
     that have the side of the mask already. There is no activation after the convolution (section III-D).
 
     In (b) the sum of one convolution per heat map is one convolution of K channels into one, and so it is written.
-    At the start it gives 1 for "multiply", else 0, and weights near zero: the mask logits begin as they are.
+    At the start it gives 1 for "multiply", else 0, and weights near zero: with "multiply" and "add" the mask logits begin as
+    they are, with "max" the negative ones as 0.
     """
 
     def __init__(self, num_keypoints: int, design: str = "b", reduction: str = "conv", mode: str = "multiply"):

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from projects.errors import ConfigError
 
+from .keypoint_branch import ContourPointHead
+from .mask_head import FusedMaskHead
 from .segmentation import ContourMasks
 
 MASK_SOURCES = ("fused", "points")
@@ -42,26 +44,15 @@ class MaskPointROIHeads(StandardROIHeads):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
-        """Raises ConfigError for settings that do not go together."""
+        """Raises ConfigError for settings and heads that do not go together."""
+        check_settings(cfg)
+        arguments = super().from_config(cfg, input_shape)
+        for name, kind in (("mask_head", FusedMaskHead), ("keypoint_head", ContourPointHead)):
+            if name in arguments and not isinstance(arguments[name], kind):
+                key = f"MODEL.ROI_{name.upper()}.NAME"
+                raise ConfigError(f"{key} is '{type(arguments[name]).__name__}': MaskPointROIHeads takes '{kind.__name__}'.")
         maskpoint = cfg.MODEL.MASKPOINT
-        if cfg.MODEL.KEYPOINT_ON:
-            raise ConfigError(
-                "MODEL.KEYPOINT_ON is for annotated key points. MaskPointROIHeads has its keypoint branch without it: leave it "
-                "False."
-            )
-        if maskpoint.MASK_FROM == "points" and maskpoint.COMPONENTS == "all":
-            raise ConfigError(
-                "MODEL.MASKPOINT.MASK_FROM is 'points', which fills one polygon, and COMPONENTS 'all' shares the points out "
-                "over several contours: set COMPONENTS to 'largest'."
-            )
-        if maskpoint.MASK_FROM == "points" and cfg.TEST.AUG.ENABLED:
-            raise ConfigError(
-                "TEST.AUG averages masks, and MODEL.MASKPOINT.MASK_FROM 'points' gives polygons: use one of them."
-            )
-        return super().from_config(cfg, input_shape) | {
-            "mask_from": maskpoint.MASK_FROM,
-            "keep_maps": maskpoint.KEEP_MAPS,
-        }
+        return arguments | {"mask_from": maskpoint.MASK_FROM, "keep_maps": maskpoint.KEEP_MAPS}
 
     @classmethod
     def _init_keypoint_head(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
@@ -121,3 +112,37 @@ class MaskPointROIHeads(StandardROIHeads):
     def _forward_keypoint(self, features: dict[str, Tensor], instances: list[Instances]) -> dict[str, Tensor] | list[Instances]:
         """Nothing is left to do after :meth:`_forward_mask`."""
         return {} if self.training else instances
+
+
+def check_settings(cfg: CfgNode) -> None:
+    """Raise ConfigError for settings of MaskPointROIHeads that do not go together."""
+    maskpoint, from_points = cfg.MODEL.MASKPOINT, cfg.MODEL.MASKPOINT.MASK_FROM == "points"
+    bins = cfg.MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION, cfg.MODEL.ROI_KEYPOINT_HEAD.POOLER_RESOLUTION
+    fused = cfg.MODEL.MASK_ON and maskpoint.FUSION_DESIGN != "none"
+    for wrong, message in (
+        (
+            cfg.MODEL.KEYPOINT_ON,
+            "MODEL.KEYPOINT_ON is for annotated key points. MaskPointROIHeads has its keypoint branch without it: leave it "
+            "False.",
+        ),
+        (
+            from_points and not cfg.MODEL.MASK_ON,
+            "MODEL.MASKPOINT.MASK_FROM is 'points', and MODEL.MASK_ON False asks for no masks: set it to True.",
+        ),
+        (
+            from_points and maskpoint.COMPONENTS == "all",
+            "MODEL.MASKPOINT.MASK_FROM is 'points', which fills one polygon, and COMPONENTS 'all' shares the points out over "
+            "several contours: set COMPONENTS to 'largest'.",
+        ),
+        (
+            from_points and cfg.TEST.AUG.ENABLED,
+            "TEST.AUG averages masks, and MODEL.MASKPOINT.MASK_FROM 'points' gives polygons: use one of them.",
+        ),
+        (
+            fused and bins[0] != bins[1],
+            f"MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION is {bins[0]} and MODEL.ROI_KEYPOINT_HEAD.POOLER_RESOLUTION {bins[1]}: "
+            "heat maps fit masks of the same number of bins only.",
+        ),
+    ):
+        if wrong:
+            raise ConfigError(message)

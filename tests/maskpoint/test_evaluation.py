@@ -1,16 +1,18 @@
 """Evaluation with contour points: perfect predictions score 100, moved ones what OKS says; fixed ground truth."""
 
-import copy
+import json
 
 import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
 from detectron2.structures import Boxes, BoxMode, Instances
 
 from maskpoint.contour import ContourSampler
 from maskpoint.evaluation import OKS_SIGMA, coco_keypoints, register_points
 from projects.drawables import binary_mask
+from projects.errors import ConfigError
 from projects.evaluation import build_evaluator
 from projects.evaluation.evaluate import evaluate
 from projects.modeling.build import build_model
@@ -64,27 +66,59 @@ def test_other_points_are_another_ground_truth(shapes_root, narrow_cfg):
     assert score(corner_cfg, "shapes_val_points")["keypoints"]["AP"] == pytest.approx(100)
 
 
-def test_oks_by_hand(tmp_path, narrow_cfg):
+@pytest.fixture
+def register_squares(tmp_path):
+    """``register_squares(annotation, ...)``: "squares", a file of one image with these annotations, and "squares_points"."""
+
+    def register(*annotations: dict) -> None:
+        content = {"images": [{"id": 7, "file_name": "none.png", "height": 100, "width": 100}]}
+        content |= {"categories": [{"id": 3, "name": "square"}]}
+        content |= {"annotations": [annotation | {"id": i} for i, annotation in enumerate(annotations, start=1)]}
+        (tmp_path / "squares.json").write_text(json.dumps(content))
+        register_coco_instances("squares", {}, str(tmp_path / "squares.json"), str(tmp_path))
+        register_points("squares")
+
+    yield register
+    for name in ("squares", "squares_points"):
+        DatasetCatalog.pop(name, None)
+        MetadataCatalog.pop(name, None)
+
+
+def square(**more) -> dict:
+    """The annotation of a square of 40 x 40."""
+    box = {"image_id": 7, "category_id": 3, "bbox": [30.0, 30.0, 40.0, 40.0], "area": 1600.0, "iscrowd": 0}
+    return box | {"segmentation": [[30.0, 30.0, 70.0, 30.0, 70.0, 70.0, 30.0, 70.0]]} | more
+
+
+def test_oks_by_hand(register_squares, narrow_cfg):
     """One square of 40 x 40 whose points all lie 5 pixels off has an OKS of exp(-25 / (2 * (2 * 0.05)^2 * 1600)) = 0.458."""
-    square = [30.0, 30.0, 70.0, 30.0, 70.0, 70.0, 30.0, 70.0]
-    annotation = {"bbox": [30, 30, 70, 70], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0, "segmentation": [square]}
-    record = {"file_name": "none.png", "image_id": 7, "height": 100, "width": 100, "annotations": [annotation | {"iscrowd": 0}]}
-    DatasetCatalog.register("one_square", lambda: [copy.deepcopy(record)])
-    MetadataCatalog.get("one_square").set(thing_classes=["square"], evaluator_type="coco")
-    register_points("one_square")
-    try:
-        for move, area in ((5.0, 1600), (2.0, 1600)):
-            oks = np.exp(-(move**2) / (2 * (2 * OKS_SIGMA) ** 2 * area))
-            thresholds = np.linspace(0.5, 0.95, 10)
-            found = score(narrow_cfg(), "one_square_points", move)["keypoints"]["AP"]
-            assert found == pytest.approx(100 * (oks >= thresholds).mean(), abs=0.1), move
-        assert score(narrow_cfg("shapes_design_b", "TEST.KEYPOINT_OKS_SIGMAS", [1.0] * 33), "one_square_points", 5.0)[
-            "keypoints"
-        ]["AP"] == pytest.approx(100)
-    finally:
-        for name in ("one_square", "one_square_points"):
-            DatasetCatalog.remove(name)
-            MetadataCatalog.remove(name)
+    register_squares(square())
+    for move, area in ((5.0, 1600), (2.0, 1600)):
+        oks = np.exp(-(move**2) / (2 * (2 * OKS_SIGMA) ** 2 * area))
+        thresholds = np.linspace(0.5, 0.95, 10)
+        found = score(narrow_cfg(), "squares_points", move)["keypoints"]["AP"]
+        assert found == pytest.approx(100 * (oks >= thresholds).mean(), abs=0.1), move
+    lenient = narrow_cfg("shapes_design_b", "TEST.KEYPOINT_OKS_SIGMAS", [1.0] * 33)
+    assert score(lenient, "squares_points", 5.0)["keypoints"]["AP"] == pytest.approx(100)
+
+
+def test_wrong_number_of_sigmas_is_refused_before_anything_runs(shapes_root, narrow_cfg):
+    with pytest.raises(ConfigError, match="TEST.KEYPOINT_OKS_SIGMAS has 17 numbers: expected 33"):
+        build_evaluator(narrow_cfg("shapes_design_b", "TEST.KEYPOINT_OKS_SIGMAS", [0.1] * 17), "shapes_val_points", None)
+
+
+def test_instances_without_a_mask_do_not_count_for_key_points(register_squares, narrow_cfg):
+    """A model without masks is evaluated on boxes without masks too."""
+    unmasked = square()
+    del unmasked["segmentation"]
+    register_squares(square(), unmasked, square(segmentation=[]), square(segmentation=[[30.0, 30.0, 70.0, 30.0]]))
+    cfg = narrow_cfg("shapes_keypoint_only")
+    evaluator, sampler = build_evaluator(cfg, "squares_points", None), ContourSampler.from_config(cfg)
+    (record,) = DatasetCatalog.get("squares_points")
+    record["annotations"] = record["annotations"][:1]
+    evaluator.process([record], [perfect(record, sampler)])
+    results = evaluator.evaluate()
+    assert results["keypoints"]["AP"] == pytest.approx(100) and results["bbox"]["AP"] < 100
 
 
 def test_ground_truth_is_the_same_every_time():
@@ -103,8 +137,12 @@ def test_ground_truth_is_the_same_every_time():
 def test_polygons_and_empty_masks_as_ground_truth():
     found = coco_keypoints([[20.0, 10, 40, 10, 40, 30, 20, 30]], 50, 60, ContourSampler(4))
     assert np.reshape(found["keypoints"], (5, 3))[:, :2].tolist() == [[20, 10], [39, 10], [39, 29], [20, 29], [29.5, 19.5]]
+    other_size = {"size": [2, 2], "counts": [0, 4]}
     empty = {"size": [5, 5], "counts": [25]}
-    assert coco_keypoints(empty, 5, 5, ContourSampler(2)) == {"keypoints": [0.0] * 9, "num_keypoints": 0}
+    for segmentation in (None, [], [[1.0, 1, 4, 4]], [[1.0, 1, 4, 4, 1]], [[1.0, 1, 4, 4, 1, float("nan")]], other_size, empty):
+        assert coco_keypoints(segmentation, 5, 5, ContourSampler(2)) == {"keypoints": [0.0] * 9, "num_keypoints": 0}
+    partly = [[1.0, 1, 4, 4], [20.0, 10, 40, 10, 40, 30, 20, 30]]
+    assert coco_keypoints(partly, 50, 60, ContourSampler(4)) == found
 
 
 @pytest.mark.parametrize(
@@ -123,6 +161,13 @@ def test_models_are_evaluated_by_what_they_give(shapes_root, narrow_cfg, tmp_pat
     assert (tmp_path / "evaluation" / cfg.DATASETS.TEST[0] / "coco_instances_results.json").is_file()
 
 
+def test_augmented_tests_give_no_key_points(shapes_root, narrow_cfg, tmp_path, caplog):
+    opts = ["TEST.AUG.ENABLED", True, "TEST.AUG.MIN_SIZES", (48,), "OUTPUT_DIR", str(tmp_path), "DATALOADER.NUM_WORKERS", 0]
+    cfg = narrow_cfg("shapes_design_b", *opts)
+    assert set(evaluate(cfg, build_model(cfg).eval())) == {"bbox", "segm"}
+    assert "shapes_val_points: no key points are evaluated" in caplog.text
+
+
 def test_data_set_of_ones_own_needs_no_points(shapes_root, narrow_cfg):
     """A model with contour points is evaluated on plain data sets too, by boxes and masks."""
     assert set(score(narrow_cfg(), "shapes_val")) == {"bbox", "segm"}
@@ -136,3 +181,11 @@ def test_records_are_those_of_the_source_with_numbers_for_cocos_evaluation(shape
         assert all(isinstance(r["image_id"], int) for r in points)
         assert MetadataCatalog.get(f"{source}_points").thing_classes == MetadataCatalog.get(source).thing_classes
     assert "cityscapes_instance_val_points" in DatasetCatalog.list()
+
+
+def test_classes_that_are_known_after_loading_only(register_squares):
+    register_squares(square())
+    DatasetCatalog.get("squares_points")
+    metadata = MetadataCatalog.get("squares_points")
+    assert metadata.thing_classes == ["square"] and metadata.thing_dataset_id_to_contiguous_id == {3: 0}
+    assert metadata.evaluator_type == "coco_points"

@@ -60,13 +60,16 @@ def test_910_weights_at_the_size_of_the_paper():
 
 @pytest.mark.parametrize(("mode", "neutral"), [("multiply", 1), ("add", 0), ("max", 0)])
 @pytest.mark.parametrize("design", ["a", "b"])
-def test_convolution_starts_as_if_it_was_not_there(design, mode, neutral):
+def test_convolution_starts_with_one_number_for_all(design, mode, neutral):
+    """So multiplication and addition leave the logits as they are, and the maximum takes the negative ones away."""
     fusion = EdgeFusion(101, design, mode=mode)
     heatmaps = torch.randn(2, 101, 56, 56)
     edge = fusion.edge_map(heatmaps)
     assert edge.shape == (2, 1, 28, 28)
     assert (edge - neutral).abs().max() < 0.3 and edge.std() > 0
-    assert fusion.edge_map(torch.zeros_like(heatmaps)).unique().tolist() == [neutral]
+    empty, mask_logits = torch.zeros_like(heatmaps), torch.randn(2, CLASSES, 28, 28)
+    assert fusion.edge_map(empty).unique().tolist() == [neutral]
+    assert torch.equal(fusion(empty, mask_logits), mask_logits.clamp(min=0) if mode == "max" else mask_logits)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The keypoint branch: shapes and cost, loss, decoding."""
 
+import statistics
 import time
 
 import pytest
@@ -157,4 +158,4 @@ def test_a_hundred_large_detections_are_decoded_in_a_fifth_of_a_second():
         decode(heatmaps, boxes)
         times.append(time.process_time() - start)
     torch.set_num_threads(threads)
-    assert min(times) <= 0.2
+    assert statistics.median(times) <= 0.2

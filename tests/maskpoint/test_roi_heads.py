@@ -140,6 +140,11 @@ def test_branches_can_be_switched_off_to_look_for_boxes(narrow_cfg):
         (["MODEL.KEYPOINT_ON", True], "MODEL.KEYPOINT_ON"),
         (["MODEL.MASKPOINT.MASK_FROM", "points", "MODEL.MASKPOINT.COMPONENTS", "all"], "COMPONENTS"),
         (["MODEL.MASKPOINT.MASK_FROM", "points", "TEST.AUG.ENABLED", True], "TEST.AUG"),
+        (["MODEL.MASKPOINT.MASK_FROM", "points", "MODEL.MASK_ON", False], "MODEL.MASK_ON"),
+        (["MODEL.ROI_KEYPOINT_HEAD.POOLER_RESOLUTION", 28], "MODEL.ROI_KEYPOINT_HEAD.POOLER_RESOLUTION 28"),
+        (["MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION", 28], "MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION is 28"),
+        (["MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead"], "MODEL.ROI_MASK_HEAD.NAME .*takes 'FusedMaskHead'"),
+        (["MODEL.ROI_KEYPOINT_HEAD.NAME", "KRCNNConvDeconvUpsampleHead"], "MODEL.ROI_KEYPOINT_HEAD.NAME .*'ContourPointHead'"),
         (["MODEL.MASKPOINT.MASK_FROM", "both"], "MODEL.MASKPOINT.MASK_FROM"),
         (["MODEL.MASKPOINT.FUSION_DESIGN", "e"], "MODEL.MASKPOINT.FUSION_DESIGN"),
     ],
@@ -147,6 +152,13 @@ def test_branches_can_be_switched_off_to_look_for_boxes(narrow_cfg):
 def test_settings_that_do_not_go_together(narrow_cfg, opts, words):
     with pytest.raises(ConfigError, match=words):
         build_model(narrow_cfg("shapes_design_b", *opts))
+
+
+@pytest.mark.parametrize("design", ["b", "c", "d"])
+def test_more_bins_in_both_branches(narrow_cfg, design):
+    bins = [f"MODEL.ROI_{branch}_HEAD.POOLER_RESOLUTION" for branch in ("MASK", "KEYPOINT")]
+    cfg = narrow_cfg(f"shapes_design_{design}", bins[0], 10, bins[1], 10)
+    assert predict(cfg).pred_masks.shape == (5, 100, 140)
 
 
 def test_side_by_side_without_fusion(narrow_cfg):
