@@ -11,6 +11,7 @@ import argparse
 import multiprocessing
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,8 @@ from pathlib import Path
 import torch
 from torch import nn
 from torchvision.ops import roi_align
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from projects.layers import extension, prroi_pool, sg_roi_align
 

@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from detectron2.utils.events import EventStorage
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from projects import load_config
 from projects.data.check import register_own_datasets
 from projects.data.loader import SeededDataset, load_records

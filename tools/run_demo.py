@@ -19,6 +19,8 @@ import torch
 from detectron2.utils.events import EventStorage
 from tabulate import tabulate
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from projects import load_config, stated_keys
 from projects.data.check import check_datasets
 from projects.engine.launch import guarded

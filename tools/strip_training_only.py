@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from maskplus.quasi_multitask import is_training_only
 from projects.engine.checkpoint import STRIPPED, write_atomically
 from projects.engine.launch import guarded

@@ -21,6 +21,8 @@ import torch
 from tabulate import tabulate
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from projects.engine.launch import guarded, usable_cpus
 from projects.errors import UserError
 
