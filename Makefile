@@ -2,6 +2,8 @@
 
 PYTHON ?= python3
 CONFIG ?= configs/baseline/shapes_mask_rcnn_R_18_FPN.yaml
+# Processes that run the tests.
+JOBS ?= 2
 # pip 26 refuses the source distribution that Detectron2 is made from.
 PIP := pip==25.0
 
@@ -33,7 +35,7 @@ setup: $(STAMP)  ## install everything into .venv (quick where nothing changed)
 		$(call fail,.venv was made with $$($(PY) --version) and not with '$(PYTHON)'. Remove .venv to make it anew.); }
 
 test: $(STAMP)  ## run the tests
-	$(PY) -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow" -n $(JOBS) --dist worksteal
 
 test-slow: $(STAMP)  ## run the slow tests: trainings, installations, compilations
 	$(PY) -m pytest -m slow

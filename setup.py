@@ -135,7 +135,7 @@ setup(
     ],
     extras_require={
         "cityscapes": ["numpy<2.3"],  # what cityscapesscripts' evaluation works with
-        "dev": ["hypothesis", "ninja", "pytest>=8", "ruff"],
+        "dev": ["hypothesis", "ninja", "pytest>=8", "pytest-xdist", "ruff"],
     },
     ext_modules=extension.get("ext_modules", []),
     cmdclass={"build_py": BuildWithConfigs, **extension.get("cmdclass", {})},
