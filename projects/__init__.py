@@ -9,6 +9,8 @@ Detectron2 or torch is missing.
 from __future__ import annotations
 
 import importlib
+import logging
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +18,8 @@ from .errors import ConfigError
 
 if TYPE_CHECKING:
     from .config import Config
+
+logger = logging.getLogger(__name__)
 
 # Package of a paper -> the function in it that adds the paper's keys to a config.
 PROJECTS: dict[str, str] = {
@@ -78,8 +82,8 @@ def load_config(config_file: str = "", opts: list | tuple = ()) -> Config:
         opts: ``[KEY, VALUE, ...]``, values as strings or Python objects.
 
     Returns:
-        A config in which MODEL.DEVICE is "cpu" where there is no GPU, and OUTPUT_DIR, unless stated, is
-        ``output/<folder of the config>/<name of the config>``. Not frozen.
+        A config in which MODEL.DEVICE is "cpu" where there is no GPU (with a warning if another was stated), and OUTPUT_DIR,
+        unless stated, is ``output/<folder of the config>/<name of the config>``. Not frozen.
 
     Raises:
         ConfigError: the file does not exist or holds more than plain YAML; a key does not exist or has another type.
@@ -87,6 +91,7 @@ def load_config(config_file: str = "", opts: list | tuple = ()) -> Config:
     import torch
 
     opts = list(opts)
+    refuse_no_overrides(opts)
     if len(opts) % 2:
         raise ConfigError(f"Overrides come as KEY VALUE pairs; found {len(opts)} words: {' '.join(map(str, opts))}.")
     cfg = get_cfg()
@@ -99,8 +104,22 @@ def load_config(config_file: str = "", opts: list | tuple = ()) -> Config:
         path = Path(config_file).resolve()
         cfg.OUTPUT_DIR = str(Path("output") / path.parent.name / path.stem)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        logger.warning("MODEL.DEVICE is '%s', but PyTorch finds no GPU here: computing on the CPU.", cfg.MODEL.DEVICE)
         cfg.MODEL.DEVICE = "cpu"
     return cfg
+
+
+def refuse_no_overrides(opts: list) -> None:
+    """Raise ConfigError for an option or KEY=VALUE among KEY VALUE overrides."""
+    for word in map(str, opts):
+        if re.fullmatch(r"--[a-z][a-z-]*(=.*)?", word):
+            raise ConfigError(
+                f"'{word}' stands among the KEY VALUE overrides: options such as {word.split('=')[0]} go before the KEY VALUE "
+                "overrides."
+            )
+    for word in map(str, opts[0::2]):
+        if "=" in word:
+            raise ConfigError(f"'{word}': write a space instead of '=', as in {word.replace('=', ' ', 1)}.")
 
 
 __all__ = ["PROJECTS", "config_path", "get_cfg", "load_config", "stated_keys"]

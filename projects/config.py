@@ -4,6 +4,7 @@ Every key that a paper adds stands in that paper's ``config.py`` under its own n
 """
 
 import difflib
+import re
 
 import yaml
 from detectron2.config import CfgNode
@@ -15,6 +16,16 @@ CLASS_COUNT_KEYS = {
     "MODEL.ROI_HEADS.NUM_CLASSES": "thing_classes",
     "MODEL.RETINANET.NUM_CLASSES": "thing_classes",
     "MODEL.SEM_SEG_HEAD.NUM_CLASSES": "stuff_classes",
+}
+
+# Types that a key can hold, in words.
+KINDS = {
+    bool: "True or False",
+    int: "a whole number",
+    float: "a number with a decimal point",
+    str: "text",
+    tuple: "a list of values",
+    list: "a list of values",
 }
 
 
@@ -38,7 +49,7 @@ class Config(CfgNode):
     def merge_from_file(self, cfg_filename: str, allow_unsafe: bool = False) -> None:
         """Merge a YAML file (with its ``_BASE_`` chain). ``allow_unsafe=True`` is for files you wrote yourself."""
         try:
-            self._refuse_misplaced(self.load_yaml_with_base(cfg_filename, allow_unsafe))
+            self._refuse_misplaced(self.load_yaml_with_base(cfg_filename, allow_unsafe), between=": ")
             super().merge_from_file(cfg_filename, allow_unsafe=allow_unsafe)
         except yaml.YAMLError as error:
             raise ConfigError(
@@ -69,16 +80,20 @@ class Config(CfgNode):
             keys += Config.keys_in_full(value, f"{path}.") if isinstance(value, CfgNode) else [path]
         return keys
 
-    def _refuse_misplaced(self, values: dict, prefix: str = "") -> None:
-        """Raise ValueError where ``values`` has a value in place of a group of keys, or a group in place of a value."""
+    def _refuse_misplaced(self, values: dict, prefix: str = "", between: str = " ") -> None:
+        """Raise ValueError where ``values`` has a value in place of a group of keys, a group in place of a value, or a value of
+        another type. ``between`` stands between key and value where they come from."""
         for key, value in values.items():
             known, path = self.get(key), f"{prefix}{key}"
             if isinstance(known, CfgNode) and isinstance(value, dict):
-                Config._refuse_misplaced(known, value, f"{path}.")
+                Config._refuse_misplaced(known, value, f"{path}.", between)
             elif isinstance(known, CfgNode):
                 raise ValueError(f"{path}: expected keys below it, e.g. {path}.{next(iter(known))}; found the value {value!r}.")
             elif key in self and isinstance(value, dict):
                 raise ValueError(f"{path}: expected a value such as {known!r}; found keys: {', '.join(map(str, value))}.")
+            elif key in self and not same_type(known, found := self._decode_cfg_value(value)):
+                example = f"{path}{between}{like(known, found)}"
+                raise ValueError(f"{path} takes {KINDS[type(known)]}, as in {example}; found {found!r}.")
 
     def _explain(self, error: Exception) -> str:
         text = one_line(error)
@@ -88,6 +103,37 @@ class Config(CfgNode):
         close = difflib.get_close_matches(wrong, self.keys_in_full(), n=3, cutoff=0.5)
         hint = f" Did you mean {' or '.join(close)}?" if close else ""
         return f"there is no key {wrong}.{hint}"
+
+
+def same_type(known, found) -> bool:
+    """Whether a key that holds ``known`` takes ``found``. True for types that are not in KINDS, which are left to yacs."""
+    if type(known) not in KINDS or found is None:
+        return True
+    return type(found) is type(known) or (isinstance(known, (tuple, list)) and isinstance(found, (tuple, list)))
+
+
+def like(known, found) -> str:
+    """A value of ``known``'s type, close to ``found`` where that can be, as a shell and a YAML file take it."""
+    if isinstance(known, str):
+        return f"'{written(str(found))}'"
+    if isinstance(known, float) and type(found) is int:
+        return written(float(found))
+    if isinstance(known, (tuple, list)):
+        if isinstance(found, str) and all(isinstance(item, str) for item in known):
+            known = type(known)(re.findall(r"[^\s,()\[\]'\"]+", found))
+        elif isinstance(found, (int, float)) and all(type(item) is type(found) for item in known):
+            known = type(known)([found])
+        return f"'{written(known)}'"
+    return written(known)
+
+
+def written(value) -> str:
+    """A plain value as Python reads it, with double quotes: a shell's single quotes fit around it."""
+    if isinstance(value, tuple):
+        return f"({', '.join(map(written, value))}{',' if len(value) == 1 else ''})"
+    if isinstance(value, list):
+        return f"[{', '.join(map(written, value))}]"
+    return f'"{value}"' if isinstance(value, str) else repr(value)
 
 
 def one_line(error: Exception) -> str:

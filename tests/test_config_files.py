@@ -1,8 +1,9 @@
 """Config files that hold something else than was meant: the error says what was expected and what was found."""
 
 import pytest
+import torch
 
-from projects import load_config
+from projects import get_cfg, load_config
 from projects.errors import ConfigError
 
 
@@ -31,3 +32,53 @@ def test_empty_base_is_named(tmp_path):
     (tmp_path / "own.yaml").write_text("_BASE_: base.yaml\n")
     with pytest.raises(ConfigError, match="base.yaml' holds nothing"):
         load_config(str(tmp_path / "own.yaml"))
+
+
+@pytest.mark.parametrize(
+    "key, value, expected",
+    [
+        ("SOLVER.MAX_ITER", "eight", "SOLVER.MAX_ITER takes a whole number, as in SOLVER.MAX_ITER 40000; found 'eight'."),
+        ("SOLVER.MAX_ITER", 8.5, "SOLVER.MAX_ITER takes a whole number, as in SOLVER.MAX_ITER 40000; found 8.5."),
+        ("SOLVER.BASE_LR", "1", "takes a number with a decimal point, as in SOLVER.BASE_LR 1.0; found 1."),
+        ("MODEL.MASK_ON", "yes", "takes True or False, as in MODEL.MASK_ON False; found 'yes'."),
+        ("OUTPUT_DIR", "7", "takes text, as in OUTPUT_DIR '\"7\"'; found 7."),
+        ("DATASETS.TRAIN", "shapes_train", "takes a list of values, as in DATASETS.TRAIN '(\"shapes_train\",)'; found"),
+        ("DATASETS.TRAIN", "(a, b)", "as in DATASETS.TRAIN '(\"a\", \"b\")'; found '(a, b)'."),
+        ("SOLVER.STEPS", "often", "as in SOLVER.STEPS '(30000,)'; found 'often'."),
+        ("SOLVER.STEPS", "50", "as in SOLVER.STEPS '(50,)'; found 50."),
+        ("MODEL.ANCHOR_GENERATOR.SIZES", "1.5", "SIZES '[[32, 64, 128, 256, 512]]'; found 1.5."),
+    ],
+)
+def test_value_of_another_type(key, value, expected):
+    with pytest.raises(ConfigError) as caught:
+        load_config("", [key, value])
+    assert expected in str(caught.value) and "class" not in str(caught.value)
+
+
+def test_advice_on_types_can_be_followed(tmp_path):
+    load_config("", ["DATASETS.TRAIN", '("a", "b")', "OUTPUT_DIR", '"7"', "SOLVER.STEPS", [5], "SOLVER.BASE_LR", "1.0"])
+    (tmp_path / "own.yaml").write_text("DATASETS:\n  TRAIN: a\n")
+    with pytest.raises(ConfigError, match="as in DATASETS.TRAIN: '\\(\"a\",\\)'; found 'a'"):
+        load_config(str(tmp_path / "own.yaml"))
+    (tmp_path / "own.yaml").write_text("DATASETS:\n  TRAIN: '(\"a\",)'\n")
+    assert load_config(str(tmp_path / "own.yaml")).DATASETS.TRAIN == ("a",)
+
+
+def test_every_default_is_of_its_own_type():
+    cfg = get_cfg()
+    cfg.merge_from_list([word for key in cfg.keys_in_full() for word in (key, cfg_value(cfg, key))])
+
+
+def cfg_value(cfg, key: str):
+    for part in key.split("."):
+        cfg = cfg[part]
+    return cfg
+
+
+def test_a_stated_gpu_that_is_not_there_is_warned_of_once(monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert load_config("", ["MODEL.DEVICE", "cuda"]).MODEL.DEVICE == "cpu"
+    assert caplog.text.count("MODEL.DEVICE is 'cuda'") == 1
+    caplog.clear()
+    load_config("", ["MODEL.DEVICE", "cpu"]), load_config()
+    assert not caplog.records

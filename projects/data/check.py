@@ -51,7 +51,7 @@ def check_datasets(cfg: CfgNode, stated: set[str], evaluation_only: bool = False
     names = list(cfg.DATASETS.TEST) if evaluation_only else [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
     for name in names:
         _check_registered(name)
-        _check_files(name)
+        _check_files(name, own=name in {row[0] for row in cfg.DATASETS.REGISTER})
     for kind in ("thing_classes", "stuff_classes"):
         classes = {name: _classes(name, kind) for name in names}
         classes = {name: known for name, known in classes.items() if known is not None}
@@ -72,7 +72,7 @@ def _check_registered(name: str) -> None:
     )
 
 
-def _check_files(name: str) -> None:
+def _check_files(name: str, own: bool) -> None:
     metadata = MetadataCatalog.get(name)
     for place in PLACES:
         path = metadata.get(place)
@@ -81,6 +81,11 @@ def _check_files(name: str) -> None:
                 DatasetCatalog.get(name)  # a loader of ours says itself what is missing and which command makes it
                 if place == "gt_dir":  # which test splits do without
                     continue
+            if own:
+                raise DataError(
+                    f"Data set '{name}' of DATASETS.REGISTER needs '{os.path.abspath(path)}' ({place}), which does not exist. "
+                    f"Paths of DATASETS.REGISTER are relative to the current folder, which is '{os.getcwd()}'."
+                )
             root = os.environ.get("DETECTRON2_DATASETS", "datasets")
             raise DataError(
                 f"Data set '{name}' needs '{path}' ({place}), which does not exist. Data sets lie below the folder that "
@@ -112,6 +117,6 @@ def _set_class_count(cfg: CfgNode, stated: set[str], kind: str, classes: dict[st
         if key in stated and node[leaf] != len(known):
             raise ConfigError(
                 f"{key} is set to {node[leaf]}, but '{first}' has {len(known)} {kind}. Leave the key out, and it comes from "
-                f"the data set; or set it to {len(known)}."
+                f"the data set; or set it to {len(known)}: append {key} {len(known)} to the command."
             )
         node[leaf] = len(known)

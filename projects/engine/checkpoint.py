@@ -70,9 +70,9 @@ class Checkpointer(DetectionCheckpointer):
             except Exception as error:
                 raise CheckpointError(f"MODEL.WEIGHTS '{path}' cannot be fetched: {error}.") from error
             if not os.path.isfile(local):
+                training = ", or to '' to start from random weights" if self.checkpointables else ""
                 raise CheckpointError(
-                    f"There is no weights file '{path}'. Set MODEL.WEIGHTS to an existing file or URL, or to '' to start from "
-                    "random weights."
+                    f"There is no weights file '{path}'. Set MODEL.WEIGHTS to an existing file or URL{training}."
                 )
         self.unloaded = [name for name, _ in self.model.named_parameters()] if not path else []
         try:
@@ -147,17 +147,22 @@ class Checkpointer(DetectionCheckpointer):
             if not isinstance(data, dict):
                 raise CheckpointError(f"'{filename}' holds a {type(data).__name__}; expected a dict of arrays.")
             if "model" in data and "__author__" in data:
+                refuse_other_than_arrays(filename, data["model"])
                 return data
             weights = data.get("blobs", data)  # Caffe2: detection models have "blobs", ImageNet models are flat
+            refuse_other_than_arrays(filename, weights)
             weights = {key: value for key, value in weights.items() if not key.endswith("_momentum")}
             return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
         data = load_torch(filename, self.trust)
         if isinstance(data, dict) and "model_state" in data:  # pycls (RegNet)
+            refuse_other_than_arrays(filename, data["model_state"])
             weights = {key: value for key, value in data["model_state"].items() if "num_batches_tracked" not in key}
             return {"model": weights, "__author__": "pycls", "matching_heuristics": True}
         if not isinstance(data, dict):
             raise CheckpointError(f"'{filename}' holds a {type(data).__name__}; expected a dict with the key 'model'.")
-        return data if "model" in data else {"model": data}
+        data = data if "model" in data else {"model": data}
+        refuse_other_than_arrays(filename, data["model"])
+        return data
 
     def _load_model(self, checkpoint: Any):
         given: set[str] = set()  # names of the file as the model gets them: matched, and without those of another shape
@@ -171,6 +176,17 @@ class Checkpointer(DetectionCheckpointer):
         absent = set(incompatible.missing_keys) | {name for name, *_ in incompatible.incorrect_shapes}
         self.unloaded = sorted(parameters & absent)
         return incompatible
+
+
+def refuse_other_than_arrays(path: str, weights: Any) -> None:
+    """Raise CheckpointError unless ``weights`` is a dict of named arrays or tensors."""
+    found = None if isinstance(weights, dict) else f"a {type(weights).__name__}"
+    for name, value in weights.items() if found is None else ():
+        if not (isinstance(name, str) and isinstance(value, (np.ndarray, torch.Tensor))):
+            found = f"a {type(value).__name__} under {name!r}"
+            break
+    if found:
+        raise CheckpointError(f"'{path}' holds {found} where its weights should be: expected a dict of names and arrays.")
 
 
 def periodic_checkpoints(folder: str) -> list[Path]:

@@ -70,7 +70,7 @@ def load_torch(path: str, trust: bool = False) -> Any:
         wanted = re.search(r"GLOBAL ([\w.]+)|(?:global|class|function) ([\w.]+\.[\w.]+)", str(error))
         if wanted:
             raise refused(path, wanted.group(1) or wanted.group(2)) from error
-        raise broken(path, error) from error
+        raise broken(path, error.__context__ or error) from error  # torch wraps the cause into advice to lift the safety
     except Exception as error:  # a damaged file can raise anything
         raise broken(path, error) from error
 
@@ -99,7 +99,7 @@ def refused(path: str, wanted: str) -> CheckpointError:
 
 
 def broken(path: str, error: Exception | str) -> CheckpointError:
-    reason = " ".join(str(error).split())[:200]
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
     return CheckpointError(
         f"'{path}' is truncated, corrupt or no weights file ({reason}). Fetch or copy it again, or use an earlier checkpoint."
     )

@@ -60,7 +60,7 @@ class StandardTrainer(TrainerBase):
         self.cfg = cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.accumulate = cfg.SOLVER.ACCUMULATE
-        for key in ("MAX_ITER", "CHECKPOINT_PERIOD", "LOG_PERIOD", "ACCUMULATE"):
+        for key in ("IMS_PER_BATCH", "MAX_ITER", "CHECKPOINT_PERIOD", "LOG_PERIOD", "ACCUMULATE"):
             if cfg.SOLVER[key] < 1:
                 raise ConfigError(f"SOLVER.{key} is {cfg.SOLVER[key]}: expected at least 1.")
         if cfg.INPUT.MASK_FORMAT not in ("polygon", "bitmask"):
@@ -134,6 +134,11 @@ class StandardTrainer(TrainerBase):
                 "To start from its weights, set MODEL.WEIGHTS to it and OUTPUT_DIR to another folder."
             )
         self.start_iter = state["iteration"] + 1
+        if self.max_iter < self.start_iter:
+            raise ConfigError(
+                f"SOLVER.MAX_ITER is {self.max_iter}, but the checkpoint '{self.checkpointer.resumed_from}' was saved after "
+                f"{self.start_iter} iterations: set SOLVER.MAX_ITER to more than that, or to {self.start_iter} to end there."
+            )
         if len(state["rng"]) == comm.get_world_size():
             set_rng_state(state["rng"][comm.get_rank()])
 

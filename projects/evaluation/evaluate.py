@@ -19,6 +19,7 @@ from tqdm import tqdm
 from projects.data.loader import build_test_loader
 from projects.data.mapper import build_mapper
 from projects.engine.checkpoint import Checkpointer
+from projects.errors import CheckpointError
 from projects.modeling.build import build_model
 
 from . import build_evaluator, results_table
@@ -97,11 +98,16 @@ def validation_losses(cfg: CfgNode, model: torch.nn.Module, iteration: int = 0) 
 def load_for_evaluation(cfg: CfgNode, resume: bool, trust: bool) -> torch.nn.Module:
     """The model with the weights of MODEL.WEIGHTS, or with ``resume`` of OUTPUT_DIR's newest checkpoint, in eval mode.
 
-    Raises CheckpointError when the file leaves parameters of the model unfilled: their random values would be evaluated.
+    Raises CheckpointError when there are no weights, or they leave parameters of the model unfilled: random values would be
+    evaluated.
     """
     model = build_model(cfg)
     checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trust=trust)
     if not resume or checkpointer.resume() is None:
+        if not cfg.MODEL.WEIGHTS:
+            empty = f"there is no checkpoint in OUTPUT_DIR '{cfg.OUTPUT_DIR}' to take them from"
+            mend = f"{empty}; set MODEL.WEIGHTS" if resume else "set MODEL.WEIGHTS, or add --resume to take the run's own"
+            raise CheckpointError(f"MODEL.WEIGHTS is empty, and an evaluation needs weights: {mend}.")
         checkpointer.load(cfg.MODEL.WEIGHTS)
         checkpointer.refuse_unloaded(cfg.MODEL.WEIGHTS)
     return model.eval()

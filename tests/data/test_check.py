@@ -43,6 +43,13 @@ def test_a_missing_image_folder(check, coco, tmp_path):
         check(coco, image_root=tmp_path / "nowhere")
 
 
+def test_own_paths_are_relative_to_the_current_folder(check, coco, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=rf"needs '{tmp_path}/nowhere' .* relative to the current folder") as caught:
+        check(coco, image_root="nowhere")
+    assert "DETECTRON2_DATASETS" not in str(caught.value)
+
+
 @pytest.mark.parametrize("place", ["sem_seg_root", "panoptic_root", "panoptic_json", "image_dir"])
 def test_other_places_that_the_loader_does_not_look_at(check, coco, tmp_path, place):
     check(coco)

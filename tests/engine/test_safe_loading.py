@@ -2,6 +2,7 @@ import os
 import pickle
 import struct
 import zipfile
+from functools import partial
 
 import numpy as np
 import pytest
@@ -114,6 +115,23 @@ def test_file_that_is_no_dict_is_refused(tmp_path):
     torch.save([1, 2], tmp_path / "model.pth")
     with pytest.raises(CheckpointError, match="list"):
         Checkpointer(torch.nn.Linear(1, 1)).load(str(tmp_path / "model.pth"))
+
+
+@pytest.mark.parametrize("content", [partial(int), {"weight": 3}, {3: torch.zeros(1)}])
+@pytest.mark.parametrize("name, key", [("a.pth", "model"), ("a.pth", "model_state"), ("a.pkl", "blobs"), ("a.pkl", "model")])
+def test_trusted_file_without_arrays_is_refused(tmp_path, name, key, content):
+    data = {key: content, "__author__": "somebody"}
+    (tmp_path / name).write_bytes(pickle.dumps(data)) if name == "a.pkl" else torch.save(data, tmp_path / name)
+    with pytest.raises(CheckpointError, match=r"a\.p.* holds a (partial|int|Tensor).*expected a dict of names and arrays"):
+        Checkpointer(torch.nn.Linear(1, 1), trust=True).load(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("content", [b"hello world", b"<html>no</html>", b"version https://git-lfs.github.com"])
+def test_file_that_is_no_weights_file_does_not_advise_to_lift_the_safety(tmp_path, content):
+    (tmp_path / "model.pth").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"no weights file \(") as caught:
+        load_torch(str(tmp_path / "model.pth"))
+    assert "weights_only" not in str(caught.value) and "http" not in str(caught.value)
 
 
 def test_missing_file_is_named(tmp_path):

@@ -37,11 +37,15 @@ def train_net():
         (["DATASETS.TRAIN", "('shapes_trian',)"], "no data set 'shapes_trian'. Did you mean shapes_train"),
         (["DATASETS.TRAIN", "()"], "DATASETS.TRAIN is empty"),
         (["DATASETS.TEST", "('coco_2017_val',)"], "DETECTRON2_DATASETS"),
-        (["MODEL.ROI_HEADS.NUM_CLASSES", "5"], "is set to 5, but 'shapes_train' has 8"),
+        (["MODEL.ROI_HEADS.NUM_CLASSES", "5"], "append MODEL.ROI_HEADS.NUM_CLASSES 8 to the command"),
         (["SOLVER.TRAINER", "MyTrainer"], "no trainer 'MyTrainer'. There are: StandardTrainer"),
         (["INPUT.MAPPER", "MyMapper"], "no mapper 'MyMapper'"),
         (["SOLVER.OPTIMIZER", "Lion"], "Lion"),
-        (["SOLVER.IMS_PER_BATCH", "0"], "SOLVER.IMS_PER_BATCH is 0"),
+        (["SOLVER.IMS_PER_BATCH", "0"], "SOLVER.IMS_PER_BATCH is 0: expected at least 1"),
+        (["SOLVER.MAX_ITER", "9", "--eval-only"], "options such as --eval-only go before the KEY VALUE overrides"),
+        (["OUTPUT_DIR", "r1", "--num-gpus", "0"], "options such as --num-gpus go before the KEY VALUE overrides"),
+        (["OUTPUT_DIR", "--resume"], "options such as --resume go before the KEY VALUE overrides"),
+        (["SOLVER.MAX_ITER=8"], "write a space instead of '=', as in SOLVER.MAX_ITER 8"),
         (["DATALOADER.SAMPLER_TRAIN", "Mine"], "no 'Mine'"),
         (["DATASETS.REGISTER", "[['a', 'b']]"], "DATASETS.REGISTER"),
         (["MODEL.META_ARCHITECTURE", "MyModel"], "MyModel"),
@@ -73,12 +77,19 @@ def test_wrong_input_is_a_paragraph_and_exit_code_2(train_net, tiny_opts, capsys
         (["MODEL.RESNETS.NORM", "XX"], "MODEL.RESNETS.NORM: there is no 'XX'"),
         (["OUTPUT_DIR", "/proc/x"], "OUTPUT_DIR '/proc/x' cannot be written"),
         (["MODEL.META_ARCHITECTURE", "MyModel"], "MyModel"),
-        (["MODEL.WEIGHTS", "nowhere.pth"], "no weights file 'nowhere.pth'"),
+        (["MODEL.WEIGHTS", "nowhere.pth"], "no weights file 'nowhere.pth'. Set MODEL.WEIGHTS to an existing file or URL."),
+        (["MODEL.WEIGHTS", ""], "set MODEL.WEIGHTS, or add --resume to take the run's own"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_evaluation_says_what_is_wrong_as_training_does(train_net, tiny_opts, capsys, arguments, expected):
     test_wrong_input_is_a_paragraph_and_exit_code_2(train_net, ["--eval-only", *tiny_opts], capsys, arguments, expected)
+
+
+def test_evaluation_of_a_run_without_checkpoints(train_net, tiny_opts, capsys, tmp_path):
+    expected = f"there is no checkpoint in OUTPUT_DIR '{tmp_path}/output' to take them from; set MODEL.WEIGHTS"
+    flags = ["--eval-only", "--resume", *tiny_opts]
+    test_wrong_input_is_a_paragraph_and_exit_code_2(train_net, flags, capsys, ["MODEL.WEIGHTS", ""], expected)
 
 
 @pytest.mark.parametrize(

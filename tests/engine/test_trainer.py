@@ -98,6 +98,8 @@ def test_a_finished_run_can_go_on(tiny_cfg, tmp_path):
     assert names == {"model_0000001.pth", "model_0000002.pth"}
     assert run(longer, resume=True).start_iter == 3
     assert run(longer, resume=True).start_iter == 4
+    with pytest.raises(ConfigError, match=r"SOLVER.MAX_ITER is 3, .*model_final.pth' was saved after 4 iterations"):
+        run(tiny_cfg("SOLVER.MAX_ITER", 3, "DATASETS.TEST", ()), resume=True)
 
 
 def test_a_damaged_final_is_set_aside(tiny_cfg, tmp_path):
