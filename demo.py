@@ -88,6 +88,8 @@ def main(args: argparse.Namespace) -> int:
     failures |= demo.run(targets)
     (args.output / "predictions.json").write_text(json.dumps(demo.results))
     print(f"{demo.count} images and frames, {len(demo.results)} predictions, in {args.output.resolve()}")
+    if demo.count and not demo.results:
+        print(demo.why_nothing())
     for name, why in failures.items():
         print(f"failed: {name}: {why}")
     return 1 if failures else 0
@@ -149,6 +151,7 @@ class Demo:
     Attributes:
         count: of images and frames so far, and the image_id of the last one.
         results: in COCO's results format.
+        best_score: of all instances, those below the threshold too; None before there was one.
     """
 
     def __init__(self, predictor: BatchedPredictor, score_threshold: float, color_by: str, maps: bool = False):
@@ -156,6 +159,7 @@ class Demo:
         self.attributes = False  # whether a CASNet's common attributes are drawn, too
         self.count = 0
         self.results: list[dict] = []
+        self.best_score: float | None = None
         read_class_names(predictor.metadata)
 
     def run(self, targets: dict[Path, Path]) -> dict[str, str]:
@@ -173,7 +177,7 @@ class Demo:
             for path, output in self.predictor(images):
                 bar.update()
                 if isinstance(output, Exception):
-                    failures[str(path)] = f"{type(output).__name__}: {output}"
+                    failures[str(path)] = f"damaged or no image ({type(output).__name__}: {output})"
                     continue
                 picture = self._picture(read_image(str(path), "RGB"), output, file_name=str(path))
                 try:
@@ -186,6 +190,15 @@ class Demo:
                 except DataError as error:
                     failures[str(path)] = str(error)
         return failures
+
+    def why_nothing(self) -> str:
+        """A sentence for when there are no results."""
+        if self.best_score is None:
+            return "The model finds nothing in them, whatever the score."
+        return (
+            f"No prediction scores {self.score_threshold} or more (the best: {self.best_score:.3f}): a lower --score-threshold "
+            "shows them."
+        )
 
     def _frames(self, path: Path, video: Video, bar: tqdm) -> Iterator[np.ndarray]:
         for index, (frame, output) in enumerate(self.predictor(video)):
@@ -200,6 +213,8 @@ class Demo:
         self.count += 1
         if "instances" in output:
             instances = output["instances"].to("cpu")
+            if len(instances):
+                self.best_score = max(instances.scores.max().item(), self.best_score or 0.0)
             output = {**output, "instances": instances[instances.scores >= self.score_threshold]}
         picture = draw(image, output, self.predictor.metadata, self.color_by)
         if self.maps:

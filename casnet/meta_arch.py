@@ -4,6 +4,7 @@ Shapes: N images of H x W pixels (padded), h x w cells of the grid, s = OUTPUT_S
 of them for the task "panoptic", the things and a background for "instance"), K thing classes.
 """
 
+import logging
 import math
 from collections.abc import Sequence
 
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
 from detectron2.structures import ImageList
+from detectron2.utils.logger import log_first_n
 from torch import Tensor, nn
 
 from projects.errors import ConfigError, DataError
@@ -25,6 +27,10 @@ from .semantics import SemanticNetwork, build_semantic_network
 from .targets import UNCOUNTED, GridTargets, grid_targets
 
 TASKS, MODES = ("panoptic", "instance"), ("joint", "separated", "oracle")
+TRAINS_JOINT = (
+    "MODEL.CASNET.MODE '{mode}' differs from 'joint' at inference only: this training repeats that of the config of 'joint'. "
+    "To evaluate that config's weights instead, pass --eval-only MODEL.WEIGHTS <its model_final.pth>."
+)
 PRIOR = 0.01  # box probability that an untrained head predicts, as in RetinaNet and FCOS: few positions are central
 
 
@@ -137,6 +143,8 @@ class CASNet(nn.Module):
         distances = F.softplus(self.heads["attributes"](fused).float())
         probability = self.heads["probability"](fused)
         if self.training:
+            if self.mode != "joint" and torch.is_grad_enabled():  # without gradients it is a validation loss
+                log_first_n(logging.WARNING, TRAINS_JOINT.format(mode=self.mode), key="message")
             targets, labels = self.targets(batched_inputs)
             alpha, beta, gamma = self.loss_weights
             return {

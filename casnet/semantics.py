@@ -43,8 +43,8 @@ def build_semantic_network(cfg: CfgNode) -> SemanticNetwork:
     if not Path(path).is_file():
         raise CheckpointError(
             "MODEL.CASNET.MODE 'separated' takes its semantic map from a second network: expected the file with its weights in "
-            f"MODEL.CASNET.SEMANTIC_WEIGHTS, found no file '{path}'. Train that network, for example with "
-            "configs/casnet/semantic_hrnet_w48.yaml, and set the key to its model_final.pth; or choose the mode 'joint'."
+            f"MODEL.CASNET.SEMANTIC_WEIGHTS, found no file '{path}'. Train that network with the *semantic_hrnet* config in "
+            "configs/casnet/ for the same data set, and set the key to its model_final.pth; or choose the mode 'joint'."
         )
     cfg = cfg.clone()
     cfg.defrost()

@@ -59,7 +59,7 @@ def plot_losses(metrics_json: str | Path, png: str | Path) -> None:
     """Draw the curves of a run: total loss and each ``loss_*``, raw and smoothed; the learning rate (dashed).
 
     Quantities ``accuracy_*`` get a panel of their own. Once the run was evaluated, a last one shows validation losses
-    (``val_*``) and, dashed, AP, PQ, mIoU.
+    (``val_*``) and, dashed, AP, PQ, mIoU; only the latter where no validation loss was measured.
     The file appears under its name when it is whole.
     """
     series = read_metrics(metrics_json)
@@ -72,7 +72,8 @@ def plot_losses(metrics_json: str | Path, png: str | Path) -> None:
     if accuracies:
         panels.append(("accuracy", accuracies, "", []))
     if validation or scores:
-        panels.append(("validation loss", validation, "AP, PQ, mIoU", scores))
+        measured = ("validation loss", validation, "AP, PQ, mIoU", scores) if validation else ("AP, PQ, mIoU", scores, "", [])
+        panels.append(measured)
     palette = cycle(colormaps["tab20"].colors[::2] + colormaps["tab20"].colors[1::2])
     colors = {"lr": "black"} | dict(zip(losses, palette, strict=False))  # a loss and its val_ share a colour
     colors |= {name: colors.get(name.removeprefix("val_")) or next(palette) for name in accuracies + validation + scores}

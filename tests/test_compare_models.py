@@ -146,6 +146,29 @@ def panels_of(path: Path) -> list[np.ndarray]:
     return [picture[:, i * (width + GAP) :][:, :width] for i in range(4)]
 
 
+@pytest.mark.parametrize(
+    ("a", "b", "titles"),
+    [
+        ("configs/dsg/shapes_dsg.yaml w.pth", "configs/baseline/mask.yaml w.pth", ["A: shapes_dsg", "B: mask"]),
+        ("output/dsg/x/config.yaml w.pth", "output/dsg/y/config.yaml w.pth", ["A: x", "B: y"]),
+        ("rows/x/seed1/config.yaml w.pth", "rows/y/seed1/config.yaml w.pth", ["A: x/seed1", "B: y/seed1"]),
+        ("x.yaml one/model_final.pth", "x.yaml two/model_final.pth", ["A: one/model_final", "B: two/model_final"]),
+        ("x.yaml w.pth", "results.json", ["A: x", "B: results"]),
+        ("x.yaml w.pth", "x.yaml w.pth", ["A: w", "B: w"]),
+    ],
+)
+def test_titles_tell_the_models_apart(tool, a, b, titles):
+    assert tool.titles_of(a.split(), b.split()) == titles
+
+
+def test_pictures_have_the_titles(run, results, tool, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(tool, "titled", lambda picture, title: seen.append(title) or picture)
+    a, b = write(tmp_path / "a.json", results), write(tmp_path / "b.json", results)
+    assert run("--a", a, "--b", b, "--count", 1)[0] == 0 and seen[2:] == ["A: a", "B: b"]
+    assert run("--a", a, "--b", b, "--count", 1, "--names", "One", "Two")[0] == 0 and seen[-2:] == ["One", "Two"]
+
+
 def test_results_as_instances(tool):
     metadata = MetadataCatalog.get("compared")
     metadata.thing_dataset_id_to_contiguous_id = {5: 0, 9: 1}

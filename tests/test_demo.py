@@ -64,7 +64,8 @@ def test_pictures_video_and_results(model_files, inputs, tmp_path, run_script):
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
     failed = [line for line in done.stdout.splitlines() if line.startswith("failed: ")]
-    assert len(failed) == 2 and "none.png" in failed[0] and "broken.jpg" in failed[1]
+    assert len(failed) == 2 and "none.png" in failed[0] and "broken.jpg: damaged or no image (" in failed[1]
+    assert "No prediction" not in done.stdout
     assert "Traceback" not in done.stderr
 
     names = {path.name for path in output.iterdir()}
@@ -96,7 +97,9 @@ def test_all_well_ends_with_zero(demo, model_files, inputs, tmp_path, capsys):
     photo = inputs / "a/photo.png"
     assert run(demo, *model_files, "--input", photo, "--output", tmp_path / "out", "--score-threshold", 1) == 0
     assert json.loads((tmp_path / "out/predictions.json").read_text()) == []
-    assert "1 images and frames, 0 predictions" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "1 images and frames, 0 predictions" in said and "No prediction scores 1.0 or more (the best: 0." in said
+    assert "a lower --score-threshold" in said
     bare = draw(read_image(str(photo), "RGB"), {"annotations": []}, Metadata(name="of no class"))
     np.testing.assert_array_equal(read_image(str(tmp_path / "out/photo.png"), "RGB"), bare)
 
@@ -236,6 +239,7 @@ def test_frames_keep_their_colours(demo, tmp_path):
     assert work.run({tmp_path / "clip.mp4": tmp_path / "shown.mp4"}) == {}
     frames = list(Video(tmp_path / "shown.mp4"))
     assert [frame.shape for frame in frames] == [(5 * 96, 5 * 128, 3)] * 2 and work.count == 2
+    assert work.why_nothing() == "The model finds nothing in them, whatever the score."
     np.testing.assert_allclose(frames[1][200, 300].astype(int), (20, 60, 200), atol=12)
 
 

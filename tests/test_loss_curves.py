@@ -3,9 +3,12 @@
 import json
 
 import numpy as np
+import pytest
 from detectron2.utils.events import EventStorage, JSONWriter
+from matplotlib.figure import Figure
 from PIL import Image
 
+from projects import loss_curves
 from projects.loss_curves import plot_losses, read_metrics, smooth
 
 
@@ -54,6 +57,24 @@ def test_values_that_are_no_numbers(tmp_path):
     path = write(tmp_path / "m.json", '{"iteration": 0, "lr": NaN, "note": "x"}\n', {"iteration": 1, "lr": 3})
     assert list(read_metrics(path)) == ["lr"]
     np.testing.assert_array_equal(read_metrics(path)["lr"][1], [np.nan, 3.0])
+
+
+@pytest.mark.parametrize(
+    ("more", "labels"),
+    [
+        ({"segm/AP": 40.0}, ["AP, PQ, mIoU"]),
+        ({"val_loss_mask": 0.5}, ["validation loss"]),
+        ({"val_loss_mask": 0.5, "segm/AP": 40.0}, ["validation loss", "AP, PQ, mIoU"]),
+    ],
+)
+def test_no_axis_without_a_curve(tmp_path, monkeypatch, more, labels):
+    figures = []
+    monkeypatch.setattr(loss_curves, "Figure", lambda **options: figures.append(Figure(**options)) or figures[-1])
+    lines = [{"iteration": i, "total_loss": 3.0 - i, "lr": 0.1} for i in range(3)]
+    plot_losses(write(tmp_path / "m.json", *lines, {"iteration": 2, **more}), tmp_path / "losses.png")
+    axes = figures[0].axes
+    assert sorted(a.get_ylabel() for a in axes) == sorted(["training loss", "learning rate", *labels])
+    assert all(a.lines for a in axes)
 
 
 def test_smoothing():

@@ -59,7 +59,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--dataset", nargs="+", default=[], metavar="NAME", help="a registered data set, or NAME ANNOTATIONS.json IMAGE_FOLDER"
     )
-    parser.add_argument("--names", nargs=2, default=["A", "B"], help="titles of the two models (default: A B)")
+    parser.add_argument("--names", nargs=2, help="titles of the two models (default: A and B, with the names of their files)")
     parser.add_argument(
         "--images", nargs="+", default=[], metavar="IMAGE", help="file names, with or without folder and suffix"
     )
@@ -79,6 +79,8 @@ def main(args: argparse.Namespace) -> int:
         raise ConfigError(f"--score-threshold is {args.score_threshold}; scores lie between 0 and 1.")
     if args.count < 1 or args.columns < 1:
         raise ConfigError(f"--count and --columns must be at least 1, not {args.count} and {args.columns}.")
+    args.titles = args.names or titles_of(args.a, args.b)
+    args.names = args.names or ["A", "B"]
     get_cfg()  # registers the data sets
     name = dataset_name(args)
     sources = [open_source(files, name, args) for files in (args.a, args.b)]
@@ -94,6 +96,19 @@ def main(args: argparse.Namespace) -> int:
     print(tabulate(rows[: len(shown)], headers="keys", tablefmt="pipe", floatfmt=".3f"))
     print(f"{len(shown)} pictures of {len(rows)} images of {name} in {args.output.resolve()}")
     return 0
+
+
+def titles_of(a: list[str], b: list[str]) -> list[str]:
+    """ "A: " and "B: " with the names of the configs (of the weights, where both have the same config), short but different.
+
+    A run's config.yaml goes by its folder.
+    """
+    which = -1 if Path(a[0]).resolve() == Path(b[0]).resolve() else 0
+    parts = [Path(files[which]).resolve().with_suffix("").parts for files in (a, b)]
+    parts = [names[:-1] if names[-1] == "config" else names for names in parts]
+    different = (n for n in range(1, max(map(len, parts))) if parts[0][-n:] != parts[1][-n:])
+    count = next(different, 1)
+    return [f"{letter}: {'/'.join(names[-count:])}" for letter, names in zip("AB", parts, strict=True)]
 
 
 def dataset_name(args: argparse.Namespace) -> str:
@@ -259,8 +274,8 @@ def draw_row(record: dict, outputs: list[dict], metadata: Metadata, args: argpar
     panels = [titled(draw(image, {"annotations": []}, metadata), Path(record["file_name"]).name)]
     if truth is not None:
         panels.append(titled(draw(image, of_same_kind(truth, outputs[0]), metadata, args.color_by), "ground truth"))
-    for name, output in zip(args.names, outputs, strict=True):
-        panels.append(titled(draw(image, output, metadata, args.color_by, args.score_threshold), name))
+    for title, output in zip(args.titles, outputs, strict=True):
+        panels.append(titled(draw(image, output, metadata, args.color_by, args.score_threshold), title))
     return contact_sheet(panels, args.columns)
 
 

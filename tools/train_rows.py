@@ -4,17 +4,20 @@
     python tools/train_rows.py configs/baseline/shapes_mask_rcnn_R_18_FPN.yaml configs/dsg/shapes_*.yaml --seeds 1 2 3 --jobs 2
 
 A run is train_net.py with OUTPUT_DIR <output>/<folder of the config>/<name>/seed<seed>. Runs that have finished are not run
-again, interrupted ones go on where they stopped; so the same command, later, completes the table or only prints it.
+again, interrupted ones go on where they stopped; so the same command, later, completes the table or only prints it. Runs with
+other overrides (--opts, kept in overrides.json) are refused.
 """
 
 import argparse
 import json
+import math
 import os
 import re
 import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -34,12 +37,32 @@ def folder_of(config: str, seed: int, output: Path) -> Path:
     return output / path.parent.name / path.stem / f"seed{seed}"
 
 
+def overrides(opts: list[str]) -> dict[str, str]:
+    """--opts as key -> value: their order means nothing."""
+    return dict(zip_longest(opts[::2], opts[1::2], fillvalue=""))
+
+
+def refuse_other_settings(folder: Path, opts: list[str]) -> None:
+    """Raise UserError where a run that has finished or was interrupted had other overrides."""
+    if not any((folder / name).is_file() for name in ("results.json", "last_checkpoint")):
+        return
+    kept, wanted = folder / "overrides.json", overrides(opts)
+    found = json.loads(kept.read_text()) if kept.is_file() else {}  # older runs kept none
+    if found != wanted:
+        was, now = (" ".join(f"{key} {value}" for key, value in pairs.items()) or "none" for pairs in (found, wanted))
+        raise UserError(
+            f"{folder} holds a run with other settings. Its overrides: {was if kept.is_file() else 'not known'}; those of this "
+            f"command: {now}. Use --output or remove the folder."
+        )
+
+
 def train(config: str, seed: int, args) -> bool:
     """One run, unless it has finished already; what it prints goes to run.log in its folder. True if it succeeded."""
     folder = folder_of(config, seed, args.output)
     if (folder / "results.json").is_file():
         return True
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "overrides.json").write_text(json.dumps(overrides(args.opts)))
     command = [sys.executable, str(REPO / "train_net.py"), "--config-file", config, "--num-gpus", str(args.num_gpus)]
     if (folder / "last_checkpoint").is_file():
         command.append("--resume")
@@ -80,7 +103,8 @@ def table(configs: list[str], seeds: list[int], output: Path, metrics: list[str]
             unmeasured = None in values  # null, where there was nothing to measure
             row[name] = "nan" if unmeasured else f"{statistics.fmean(values):.2f} ({max(values) - min(values):.2f})"
         if done:
-            row["minutes"] = f"{statistics.fmean(map(minutes_of, done)):.1f}"
+            minutes = statistics.fmean(map(minutes_of, done))
+            row["minutes"] = "-" if math.isnan(minutes) else f"{minutes:.1f}"
         rows.append(row)
     return tabulate(rows, headers="keys", tablefmt="pipe", disable_numparse=True)
 
@@ -90,6 +114,8 @@ def main(args) -> int:
     if missing:
         raise UserError(f"There is no config {', '.join(missing)}. The project's own are in configs/.")
     runs = [(config, seed) for seed in args.seeds for config in args.configs]  # all rows once before any twice
+    for run in runs:
+        refuse_other_settings(folder_of(*run, args.output), args.opts)
     with ThreadPoolExecutor(args.jobs) as pool:
         work = pool.map(lambda run: train(*run, args), runs)
         succeeded = list(tqdm(work, total=len(runs), unit="run", disable=not sys.stderr.isatty()))

@@ -106,22 +106,32 @@ def _check_arguments(train, val, size, seed, workers) -> None:
 
 def _check_existing(folder: Path, parameters: dict) -> None:
     """Raise DataError unless `folder` holds the complete set of these parameters, byte for byte."""
-    remedy = f"Replace it with: {PREPARE_COMMAND} --root {folder.parent} --force (or choose another root)."
+    numbers = "--train {train} --val {val} --size {size[0]} {size[1]} --seed {seed}"
+    command = f"{PREPARE_COMMAND} --root {folder.parent} {numbers.format(**parameters)} --force"
+    remedy = f"Replace it with: {command} (or choose another root)."
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         found = {"version": manifest["version"], **manifest["parameters"]}
-        files = dict(manifest["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        files, held, own_numbers = dict(manifest["files"]), _in_words(found), numbers.format(**found)
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise DataError(f"{folder.resolve()} exists, but has no readable manifest.json ({error!r}). {remedy}") from None
     wanted = {"version": GENERATOR_VERSION, **parameters}
     if found != wanted:
-        raise DataError(f"{folder.resolve()} holds a shapes data set of {found}, wanted was {wanted}. {remedy}")
+        keep = f"To keep it, ask for it: {own_numbers}. " if found["version"] == GENERATOR_VERSION else ""
+        raise DataError(f"{folder.resolve()} holds {held}; wanted were {_in_words(wanted)}. {keep}{remedy}")
     for name, digest in files.items():
         path = folder / name
         if not path.is_file() or _sha256(path) != digest:
             state = "changed since it was written" if path.is_file() else "missing"
             raise DataError(f"The shapes data set is damaged: {path.resolve()} is {state}. {remedy}")
     logger.info("The shapes data set in %s is complete.", folder)
+
+
+def _in_words(made: dict) -> str:
+    return (
+        f"{made['train']} training and {made['val']} validation pictures of {made['size'][0]} x {made['size'][1]} pixels (seed "
+        f"{made['seed']}, version {made['version']} of the generator)"
+    )
 
 
 def _refuse_foreign(folder: Path) -> None:

@@ -56,8 +56,8 @@ def validate_dataset(name: str, read_images: bool = False, workers: int | None =
     if name not in DatasetCatalog:
         similar = difflib.get_close_matches(name, DatasetCatalog.list())
         raise DataError(
-            f"There is no data set '{name}'; "
-            + (f"did you mean {', '.join(similar)}? " if similar else "")
+            f"There is no data set '{name}'. "
+            + (f"Did you mean {', '.join(similar)}? " if similar else "")
             + "Give a registered name or a COCO annotation file that exists."
         )
     metadata = MetadataCatalog.get(name)

@@ -1,6 +1,7 @@
 """The whole model: losses, modes, outputs, weights, and what it says when something is missing."""
 
 import copy
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,18 @@ def test_losses_are_weighted(narrow):
     other.load_state_dict(model.state_dict())
     for name, weight in (("semantic", 0.5), ("attributes", 0.25), ("probability", 2.0)):
         assert other([sample()])[f"loss_{name}"].item() == pytest.approx(weight * losses[f"loss_{name}"].item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("row", "warns"), [("panoptic_oracle", True), ("panoptic_joint", False)])
+def test_training_for_a_mode_of_inference_is_warned_of(narrow, caplog, monkeypatch, row, warns):
+    monkeypatch.setattr("detectron2.utils.logger._LOG_COUNTER", Counter())  # said once in a process
+    model = build_model(narrow(row))
+    with torch.no_grad():
+        model([sample()])
+    assert not caplog.records, "a validation loss is no training"
+    model([sample()]), model([sample()])
+    said = [r.getMessage() for r in caplog.records if "'oracle' differs from 'joint' at inference only" in r.getMessage()]
+    assert len(said) == warns and all("--eval-only MODEL.WEIGHTS" in message for message in said)
 
 
 def test_targets_of_a_batch_are_padded(narrow):
@@ -436,7 +449,7 @@ def test_default_predictor(row, narrow, tmp_path):
     opts = []
     image = np.random.RandomState(0).randint(0, 255, (50, 70, 3), dtype=np.uint8)
     if row.endswith("separated"):
-        with pytest.raises(CheckpointError, match="MODEL.CASNET.SEMANTIC_WEIGHTS, found no file"):
+        with pytest.raises(CheckpointError, match=r"CASNET.SEMANTIC_WEIGHTS, found no file.*the \*semantic_hrnet\* config"):
             DefaultPredictor(narrow(row))
         semantic_weights(narrow(row), tmp_path / "semantic.pth")
         opts = ["MODEL.CASNET.SEMANTIC_WEIGHTS", str(tmp_path / "semantic.pth")]

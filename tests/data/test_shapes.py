@@ -279,8 +279,16 @@ def test_a_complete_set_is_left_alone(tiny):
 
 
 def test_another_set_is_an_error_unless_forced(tiny):
-    with pytest.raises(DataError, match=r"'seed': 0.*'seed': 7.*--force"):
-        generate_shapes(tiny.parent, 2, 1, (64, 64), seed=7, progress=False)
+    with pytest.raises(DataError) as refused:
+        generate_shapes(tiny.parent, 3, 1, (64, 80), seed=7, progress=False)
+    for part in (
+        "holds 2 training and 1 validation pictures of 64 x 64 pixels (seed 0,",
+        "wanted were 3 training and 1 validation pictures of 64 x 80 pixels (seed 7,",
+        "To keep it, ask for it: --train 2 --val 1 --size 64 64 --seed 0.",
+        f"prepare_shapes.py --root {tiny.parent} --train 3 --val 1 --size 64 80 --seed 7 --force",
+    ):
+        assert part in str(refused.value)
+    assert "{" not in str(refused.value)
     generate_shapes(tiny.parent, 2, 1, (64, 64), seed=7, force=True, progress=False)
     assert json.loads((tiny / "manifest.json").read_text())["parameters"]["seed"] == 7
     assert not (tiny.parent / "shapes.partial").exists()

@@ -419,7 +419,7 @@ def test_registered_sets_are_clean(shapes_root, variant):
 
 
 def test_unknown_name_suggests_one(shapes_root):
-    with pytest.raises(DataError, match="did you mean.*shapes_train"):
+    with pytest.raises(DataError, match=r"no data set 'shape_train'\. Did you mean shapes_train.*\? Give a"):
         validate_dataset("shape_train")
 
 
