@@ -74,7 +74,10 @@ def launch(
     arguments = (main, args, codes, machine_rank * processes, world, processes, use_gpu, dist_url)
     context = mp.start_processes(_child, arguments, nprocs=processes, join=False, start_method="spawn")
 
+    received: list[int] = []
+
     def hand_on(number, frame):
+        received.append(number)
         for pid in context.pids():
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
@@ -86,6 +89,8 @@ def launch(
     except (mp.ProcessExitedException, mp.ProcessRaisedException) as error:
         if USER_ERROR in codes[:]:  # the others fail as they wait for that process
             return USER_ERROR
+        if received:  # what ended a process later, the launcher's own signal perhaps, is no news
+            return 128 + received[0]
         if max(codes[:]) > 128:
             return max(codes[:])
         if isinstance(error, mp.ProcessRaisedException):
@@ -136,7 +141,10 @@ def _child(local_rank: int, main, args, codes, first_rank: int, world: int, per_
             codes[local_rank] = code
         return first
 
-    report(_run(main, args, local_rank, first_rank + local_rank, world, per_machine, use_gpu, url, report))
+    code = _run(main, args, local_rank, first_rank + local_rank, world, per_machine, use_gpu, url, report)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a late copy must not end the interpreter's shutdown with another code
+        signal.signal(number, signal.SIG_IGN)
+    report(code)
 
 
 def _first_under_torchrun() -> bool:
