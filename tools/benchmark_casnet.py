@@ -110,17 +110,26 @@ def network(model: torch.nn.Module, image: Tensor) -> Callable:
 
 
 @torch.no_grad()
-def median_seconds(function: Callable, device: str, repeats: int) -> float:
-    times = []
-    for _ in range(repeats + 1):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        function()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+def seconds_in_turns(functions: dict[str, Callable], device: str, repeats: int) -> dict[str, list[float]]:
+    """Seconds of each function's calls. The functions take turns, so that what slows the machine down slows all of them."""
+    times = {name: [] for name in functions}
+    for turn in range(repeats + 1):
+        for name, function in functions.items():
+            if device == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            function()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if turn:  # the first one warms up
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def spread(values: list[float], digits: int = 0) -> str:
+    """The median, and the smallest and the largest."""
+    median, *ends = (f"{value:.{digits}f}" for value in (statistics.median(values), min(values), max(values)))
+    return f"{median} ({' to '.join(ends)})"
 
 
 def report(device: str, repeats: int, loop_pixels: int) -> list[str]:
@@ -130,36 +139,37 @@ def report(device: str, repeats: int, loop_pixels: int) -> list[str]:
     for pairs in (250_000, 1_000_000, 4_000_000, 16_000_000):
         limited = CommonAttributeSupport(max_seeds=200, max_pairs=pairs)
         lines.append(f"| {pairs:,} | {added_peak(lambda limited=limited: post_process(scene, limited), device):.0f} |")
-    post = median_seconds(lambda: post_process(scene, support), device, repeats)
-    with_stuff = median_seconds(lambda: post_process(scene, support, panoptic=True), device, repeats)
     loop, same = plain_loop(scene, support, loop_pixels)
 
     image = torch.randint(0, 256, (3, *SIZE), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     inputs = [{"image": image, "height": SIZE[0], "width": SIZE[1]}]
     batch = torch.randn(1, 3, *SIZE, generator=torch.Generator().manual_seed(0)).to(device)
-    whole, parts = {}, {}
-    for task in ("instance", "panoptic"):
-        model = model_of(f"{task}_joint", device)
-        parts[task] = median_seconds(network(model, batch), device, repeats)
-        whole[task] = median_seconds(lambda model=model: model(inputs), device, repeats)
+    models = {task: model_of(f"{task}_joint", device) for task in ("instance", "panoptic")}
+    networks = {task: network(model, batch) for task, model in models.items()}
+    wholes = {task: lambda model=model: model(inputs) for task, model in models.items()}
+    posts = {task: lambda task=task: post_process(scene, support, task == "panoptic") for task in models}
+    network_times, whole_times, post_times = (seconds_in_turns(each, device, repeats) for each in (networks, wholes, posts))
+
     pixels = int((owner >= 0).sum())
+    share = 100 * statistics.median(post_times["panoptic"]) / statistics.median(network_times["panoptic"])
     return [
         *lines,
         "",
-        f"| {device}, 1024 x 2048, {len(seeds.cells)} seeds, {len(instances)} instances, {pixels:,} thing pixels | ms |",
-        "|---|---|",
-        f"| the W48 network (backbone and heads, task panoptic) | {parts['panoptic'] * 1e3:.1f} |",
-        f"| post-processing without the panoptic map | {post * 1e3:.1f} |",
-        f"| post-processing with it | {with_stuff * 1e3:.1f} |",
-        f"| the latter in per cent of the network | {100 * with_stuff / parts['panoptic']:.1f} % |",
-        f"| votes alone, in a loop over pixels and seeds in Python, by {loop_pixels:,} ({same:.2%} equal) | {loop * 1e3:.0f} |",
-        "",
-        "| random weights | instance, ms | panoptic, ms | overhead |",
+        f"| {device}, 1024 x 2048, {len(seeds.cells)} seeds, {len(instances)} instances, {pixels:,} thing pixels "
+        "| instance, ms | panoptic, ms | overhead, % |",
         "|---|---|---|---|",
         *(
-            f"| {name} | {1e3 * a:.1f} | {1e3 * b:.1f} | {100 * (b / a - 1):.1f} % |"
-            for name, (a, b) in (("the network", parts.values()), ("the whole model, no seeds", whole.values()))
+            f"| {name} | {spread([1e3 * s for s in times['instance']])} | {spread([1e3 * s for s in times['panoptic']])} "
+            f"| {spread([100 * (b / a - 1) for a, b in zip(times['instance'], times['panoptic'], strict=True)], 1)} |"
+            for name, times in (
+                ("the W48 network (backbone and heads)", network_times),
+                ("post-processing", post_times),
+                ("the whole model, random weights, no seeds", whole_times),
+            )
         ),
+        "",
+        f"The panoptic post-processing takes {share:.1f} % of its network's time. The votes alone take {loop:.1f} s in a loop "
+        f"over pixels and seeds in Python (estimated by {loop_pixels:,} pixels, of which {same:.2%} vote alike).",
     ]
 
 
@@ -175,12 +185,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], nargs="*", help="default: the CPU, and a GPU where there is one")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
-    parser.add_argument("--repeats", type=int, default=3, help="timed calls of which the median is taken (default 3)")
+    parser.add_argument("--repeats", type=int, default=5, help="timed turns (default 5)")
     parser.add_argument("--loop-pixels", type=int, default=5000, help="pixels of the plain loop, for an estimate")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     for device in args.device or ["cpu"] + ["cuda"] * torch.cuda.is_available():
-        print(f"\n{describe(device)}; torch {torch.__version__}; medians of {args.repeats}\n", flush=True)
+        print(f"\n{describe(device)}; torch {torch.__version__}; medians of {args.repeats} (smallest to largest)\n", flush=True)
         print("\n".join(report(device, args.repeats, args.loop_pixels)), flush=True)
 
 

@@ -84,3 +84,25 @@ def inputs_of():
     yield watch
     for handle in handles:
         handle.remove()
+
+
+@pytest.fixture
+def cascade(small_model):
+    """``cascade("htc", KEY, VALUE, ..., SEMANTIC=False)``: a narrow cascade of configs/dsg/shapes_*, its keys of MODEL.DSG by
+    name, in eval mode, whose stages move boxes by a pixel or two."""
+
+    def build(name: str, *opts, **switches):
+        of_dsg = [word for key, value in switches.items() for word in (f"MODEL.DSG.{key}", value)]
+        model = small_model(*opts, *of_dsg, config=f"dsg/shapes_{name}_R_18_FPN.yaml")
+        for predictor in model.roi_heads.box_predictor:
+            torch.nn.init.normal_(predictor.bbox_pred.weight, std=0.05)
+        return model
+
+    return build
+
+
+@pytest.fixture
+def labelled(inputs):
+    """``inputs`` with semantic maps."""
+    generator = torch.Generator().manual_seed(2)
+    return [{**x, "sem_seg": torch.randint(0, 11, (64, 96), generator=generator)} for x in inputs]

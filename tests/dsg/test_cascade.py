@@ -1,4 +1,4 @@
-"""Cascade Mask R-CNN with a mask head per stage, HTC and Cascade DSG: weights, rows, labels, losses, Eq. 3."""
+"""Cascade Mask R-CNN with a mask head per stage, Cascade DSG, and both with HTC: weights, rows, labels, losses, Eq. 3."""
 
 import itertools
 
@@ -6,13 +6,12 @@ import pytest
 import torch
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.modeling.roi_heads.mask_head import mask_rcnn_loss
-from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
+from detectron2.structures import Boxes, Instances, PolygonMasks
 
 from dsg.cascade import CascadeMaskROIHeads, MatchedMasks, channel_of_class, mask_loss
-from dsg.mpn import features_of, logits_and_features
-from dsg.semantic_branch import SemanticBranch
+from dsg.mpn import logits_and_features
 from projects import config_path, load_config
-from projects.errors import ConfigError, DataError
+from projects.errors import ConfigError
 from projects.layers import sg_roi_align
 from projects.modeling.build import build_model
 
@@ -21,32 +20,8 @@ STAGE = (256 * 49 + 1) * 1024 + (1024 + 1) * 1024 + (1024 + 1) * (81 + 4) + 2_64
 CASCADE = MASK_RCNN + 2 * STAGE
 SEMANTIC = 6 * 65_792 + 4 * 590_080 + 257 * 183  # laterals and embedding; 3x3 convolutions; logits
 MPN, FUSION, FLOW = 2_622_977, 590_080, 65_792
-NAMES = {"base": "shapes_cascade_mask_rcnn", "dsg": "shapes_cascade_dsg", "htc": "shapes_htc", "htc_dsg": "shapes_htc_dsg"}
+NAMES = ("cascade_mask_rcnn", "cascade_dsg", "htc", "htc_dsg")
 OFF = dict.fromkeys(("INTERLEAVED", "MASK_FLOW", "SEMANTIC", "FUSION_MASK", "SGRA_BOX", "FUSION_BOX"), False)
-
-
-def words(**keys) -> list:
-    return [word for key, value in keys.items() for word in (f"MODEL.DSG.{key}", value)]
-
-
-@pytest.fixture
-def cascade(small_model):
-    """``cascade("htc", KEY, VALUE, ...)``: a narrow cascade in eval mode, whose stages move boxes by a pixel or two."""
-
-    def build(name: str, *opts):
-        model = small_model(*opts, config=f"dsg/{NAMES[name]}_R_18_FPN.yaml")
-        for predictor in model.roi_heads.box_predictor:
-            torch.nn.init.normal_(predictor.bbox_pred.weight, std=0.05)
-        return model
-
-    return build
-
-
-@pytest.fixture
-def labelled(inputs):
-    """``inputs`` with semantic maps."""
-    generator = torch.Generator().manual_seed(2)
-    return [{**x, "sem_seg": torch.randint(0, 11, (64, 96), generator=generator)} for x in inputs]
 
 
 def without_objects(batch):
@@ -92,7 +67,7 @@ DSG_SWITCHES = list(itertools.product([False, True], repeat=3))
 @pytest.mark.parametrize("flow", [False, True])
 def test_every_setting_of_the_switches_trains_and_infers(cascade, labelled, storage, on, flow):
     keys = dict(zip(("FUSION_MASK", "SGRA_BOX", "FUSION_BOX"), on, strict=True))
-    model = cascade("htc_dsg", *words(**keys, MASK_FLOW=flow)).train()
+    model = cascade("htc_dsg", **keys, MASK_FLOW=flow).train()
     losses = model(labelled)
     sum(losses.values()).backward()
     assert not [key for key, p in model.named_parameters() if p.grad is None or not p.grad.any()]
@@ -101,10 +76,10 @@ def test_every_setting_of_the_switches_trains_and_infers(cascade, labelled, stor
 
 
 def test_each_switch_changes_the_result(cascade, labelled):
-    full = cascade("htc_dsg", *words(MASK_FLOW=True)).state_dict()
+    full = cascade("htc_dsg", MASK_FLOW=True).state_dict()
 
     def results(**on):
-        model = cascade("htc_dsg", *words(**{**OFF, "INTERLEAVED": True, **on}))
+        model = cascade("htc_dsg", **{**OFF, "INTERLEAVED": True, **on})
         model.load_state_dict(full, strict=False)
         with torch.no_grad():
             return model.inference(labelled, do_postprocess=False)[0]
@@ -120,7 +95,10 @@ def test_each_switch_changes_the_result(cascade, labelled):
 @pytest.mark.parametrize("name", ["htc", "htc_dsg"])
 def test_without_switches_it_is_the_base_bit_by_bit(cascade, labelled, storage, name):
     """On the same weights, losses, gradients and detections."""
-    models = {"base": cascade("base", "MODEL.META_ARCHITECTURE", "DSGRCNN"), name: cascade(name, *words(**OFF))}
+    models = {
+        "base": cascade("cascade_mask_rcnn", "MODEL.META_ARCHITECTURE", "DSGRCNN"),
+        name: cascade(name, **OFF),
+    }
     missing, unexpected = models[name].load_state_dict(models["base"].state_dict(), strict=False)
     assert not unexpected and all(key.startswith("proposal_generator.mpn.") for key in missing)
     losses, detections = {}, {}
@@ -141,7 +119,7 @@ def test_without_switches_it_is_the_base_bit_by_bit(cascade, labelled, storage, 
 
 
 def test_htc_dsg_without_its_switches_is_htc_bit_by_bit(cascade, labelled, storage):
-    models = [cascade("htc"), cascade("htc_dsg", *words(MASK_FLOW=True, FUSION_MASK=False, SGRA_BOX=False, FUSION_BOX=False))]
+    models = [cascade("htc"), cascade("htc_dsg", MASK_FLOW=True, FUSION_MASK=False, SGRA_BOX=False, FUSION_BOX=False)]
     models[1].load_state_dict(models[0].state_dict(), strict=False)
     losses = []
     for model in models:
@@ -155,7 +133,7 @@ def test_htc_dsg_without_its_switches_is_htc_bit_by_bit(cascade, labelled, stora
 
 
 def test_cascade_alone_needs_no_meta_architecture_of_ours(cascade):
-    assert cascade("base", "MODEL.META_ARCHITECTURE", "GeneralizedRCNN").roi_heads.handed_on == ()
+    assert cascade("cascade_mask_rcnn", "MODEL.META_ARCHITECTURE", "GeneralizedRCNN").roi_heads.handed_on == ()
 
 
 # Rows
@@ -168,7 +146,7 @@ def boxes_of(calls) -> list[torch.Tensor]:
 @pytest.mark.parametrize("objects", [True, False])
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_mask_head_and_next_box_head_see_the_same_rois(cascade, inputs, inputs_of, storage, mode, objects):
-    model = getattr(cascade("dsg"), mode)()
+    model = getattr(cascade("cascade_dsg"), mode)()
     seen = [inputs_of(getattr(model.roi_heads, name)) for name in ("box_pooler", "mask_pooler")]
     with torch.no_grad():
         model(inputs if objects else without_objects(inputs))
@@ -188,7 +166,7 @@ def test_htc_takes_mask_losses_on_rois_of_the_next_box_head(cascade, labelled, i
         assert len(mask[stage]) and rows.any(dim=1).all()
 
 
-@pytest.mark.parametrize("name", ["base", "htc_dsg"])
+@pytest.mark.parametrize("name", ["cascade_mask_rcnn", "htc_dsg"])
 def test_an_empty_box_keeps_its_row_and_carries_no_loss(cascade, labelled, storage, name, monkeypatch):
     """The first box head moves all boxes of odd rows out of the image."""
     model = cascade(name).train()
@@ -217,7 +195,7 @@ def test_an_empty_box_keeps_its_row_and_carries_no_loss(cascade, labelled, stora
 
 
 def test_boxes_that_are_not_finite_become_empty(cascade):
-    heads = cascade("base").roi_heads
+    heads = cascade("cascade_mask_rcnn").roi_heads
     rois = [Instances((64, 96), proposal_boxes=Boxes(torch.tensor([[8.0, 8, 40, 40], [8, 8, 40, 40], [80, 8, 90, 40]])))]
     deltas = torch.tensor([[float("nan"), 0, 0, 0], [0, 0, 0, 0], [100.0, 0, 0, 0]])
     following = heads._refine((torch.zeros(3, 4), deltas), rois, 0)[0].proposal_boxes
@@ -241,7 +219,7 @@ def test_no_proposals_and_no_objects(cascade, labelled, storage, name, objects):
 
 
 def test_no_foreground_at_a_later_stage_only(cascade, inputs, storage, monkeypatch):
-    model, refine = cascade("dsg").train(), CascadeMaskROIHeads._refine
+    model, refine = cascade("cascade_dsg").train(), CascadeMaskROIHeads._refine
 
     def away(self, predictions, rois, stage):
         following = refine(self, predictions, rois, stage)
@@ -262,7 +240,7 @@ def test_no_foreground_at_a_later_stage_only(cascade, inputs, storage, monkeypat
 
 def test_labels_by_the_stage_and_masks_by_one_half(cascade, storage):
     """IoU with the object [0, 100)^2 cropped to ten wide strips: w / 100."""
-    heads = cascade("base").roi_heads
+    heads = cascade("cascade_mask_rcnn").roi_heads
     truth = Instances((100, 100), gt_boxes=Boxes(torch.tensor([[0.0, 0, 100, 100]])), gt_classes=torch.tensor([2]))
     rois = [Instances((100, 100), proposal_boxes=Boxes(torch.tensor([[0.0, 0, w, 100] for w in (45, 55, 65, 75)])))]
     expected = {0: [3, 2, 2, 2], 1: [3, 3, 2, 2], 2: [3, 3, 3, 2]}
@@ -274,7 +252,7 @@ def test_labels_by_the_stage_and_masks_by_one_half(cascade, storage):
 
 def test_masks_follow_the_matching(cascade, inputs, storage):
     """A RoI that moves from one object to the other is trained on the other one's mask."""
-    heads, objects = cascade("base").roi_heads, inputs[0]["instances"]
+    heads, objects = cascade("cascade_mask_rcnn").roi_heads, inputs[0]["instances"]
     rois = [Instances((64, 96))]
     for row in (0, 1):
         rois[0].proposal_boxes = objects.gt_boxes[[row]]
@@ -308,7 +286,7 @@ def test_masks_of_many_rois_are_cropped_in_chunks(inputs):
 
 
 def test_stage_weights(cascade, inputs, storage):
-    model = cascade("base").train()
+    model = cascade("cascade_mask_rcnn").train()
 
     def losses(weights):
         model.roi_heads.stage_weights = weights
@@ -323,7 +301,7 @@ def test_stage_weights(cascade, inputs, storage):
 
 
 def test_scores_come_from_the_mean_of_the_logits(cascade, inputs, monkeypatch):
-    model, logits = cascade("base"), []
+    model, logits = cascade("cascade_mask_rcnn"), []
     for predictor in model.roi_heads.box_predictor:
         predictor.register_forward_hook(lambda _, arguments, output: logits.append(output[0]))
     seen = {}
@@ -337,7 +315,7 @@ def test_scores_come_from_the_mean_of_the_logits(cascade, inputs, monkeypatch):
 
 
 def test_masks_are_the_mean_of_the_heads_probabilities(cascade, inputs):
-    model, logits = cascade("base"), []
+    model, logits = cascade("cascade_mask_rcnn"), []
     for head in model.roi_heads.mask_head:
         head.predictor.register_forward_hook(lambda _, arguments, output: logits.append(output))
     with torch.no_grad():
@@ -362,7 +340,7 @@ def test_channel_of_class():
 def test_equation_3(cascade, inputs, inputs_of, storage, mode, agnostic):
     """What the mask head of stage 1 and the box head of stage 2 see, against the equation written out for one level."""
     opts = ["MODEL.ROI_HEADS.IN_FEATURES", ["p3"], "MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK", agnostic]
-    model = getattr(cascade("dsg", *opts), mode)()
+    model = getattr(cascade("cascade_dsg", *opts), mode)()
     heads = model.roi_heads
     mask_inputs = inputs_of(heads.mask_head[0].mask_fcn1)
     pooled = inputs_of(heads.box_pooler)
@@ -387,7 +365,7 @@ def test_equation_3(cascade, inputs, inputs_of, storage, mode, agnostic):
 
 def test_detections_fuse_the_features_of_their_own_proposals(cascade, inputs, inputs_of):
     """The first mask head fuses F_^0 of the source proposal, the others what the head before made of the same box."""
-    model = cascade("dsg", *words(SGRA_BOX=False, FUSION_BOX=False))
+    model = cascade("cascade_dsg", SGRA_BOX=False, FUSION_BOX=False)
     first, second = (inputs_of(model.roi_heads.mask_fusions[t]) for t in (0, 1))
     own = []
     model.roi_heads.mask_head[0].mask_fcn2.register_forward_hook(lambda _, arguments, output: own.append(output))
@@ -402,7 +380,7 @@ def test_detections_fuse_the_features_of_their_own_proposals(cascade, inputs, in
 
 
 def test_shuffled_proposals_give_the_same_detections(cascade, inputs):
-    model = cascade("dsg")
+    model = cascade("cascade_dsg")
     images = model.preprocess_image(inputs)
     with torch.no_grad():
         features = model.backbone(images.tensor)
@@ -426,14 +404,14 @@ def test_chunks_change_nothing(cascade, inputs, monkeypatch):
 
 @pytest.mark.parametrize(("opts", "reached"), [({}, True), ({"DETACH_PROBS": True}, False)])
 def test_box_loss_of_a_stage_reaches_the_mask_head_before_through_its_masks(cascade, inputs, storage, opts, reached):
-    model = cascade("dsg", *words(FUSION_BOX=False, **opts)).train()
+    model = cascade("cascade_dsg", FUSION_BOX=False, **opts).train()
     model(inputs)["loss_cls_stage1"].backward()
     gradient = model.roi_heads.mask_head[0].predictor.weight.grad
     assert (gradient is not None and bool(gradient.any())) == reached
 
 
 def test_boxes_have_no_gradient(cascade, inputs, storage):
-    model = cascade("dsg").train()
+    model = cascade("cascade_dsg").train()
     model(inputs)["loss_box_reg_stage1"].backward()
     gradient = model.roi_heads.box_predictor[0].bbox_pred.weight.grad
     assert gradient is None or not gradient.any()
@@ -441,7 +419,7 @@ def test_boxes_have_no_gradient(cascade, inputs, storage):
 
 def test_given_boxes_get_masks(cascade, inputs):
     """Test-time augmentation: the masks of boxes without proposals, and the detections' own again."""
-    for name in ("base", "dsg", "htc"):
+    for name in ("cascade_mask_rcnn", "cascade_dsg", "htc"):
         model = cascade(name, "MODEL.META_ARCHITECTURE", "DSGRCNN")
         with torch.no_grad():
             found = model.inference(inputs, do_postprocess=False)
@@ -449,14 +427,14 @@ def test_given_boxes_get_masks(cascade, inputs):
             given = [Instances((64, 96), pred_boxes=f.pred_boxes, pred_classes=f.pred_classes) for f in found]
             again = model.inference(inputs, given, do_postprocess=False)
         assert [g.pred_masks.shape for g in again] == [e.shape for e in expected]
-        if name != "dsg":  # the boxes are the same, but F_^0 is that of the proposal there
+        if name != "cascade_dsg":  # the boxes are the same, but F_^0 is that of the proposal there
             torch.testing.assert_close(again[0].pred_masks, expected[0])
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_test_time_augmentation(cascade, inputs, small_cfg, inputs_of, name):
     """Its passes for boxes make no masks."""
-    cfg = small_cfg("TEST.AUG.MIN_SIZES", (48, 64), "TEST.AUG.FLIP", False, config=f"dsg/{NAMES[name]}_R_18_FPN.yaml")
+    cfg = small_cfg("TEST.AUG.MIN_SIZES", (48, 64), "TEST.AUG.FLIP", False, config=f"dsg/shapes_{name}_R_18_FPN.yaml")
     model = cascade(name)
     runs = inputs_of(model.roi_heads.mask_head[2].predictor)
     with torch.no_grad():
@@ -467,7 +445,7 @@ def test_test_time_augmentation(cascade, inputs, small_cfg, inputs_of, name):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("mpn", ["float32", "bfloat16"])
 def test_mixed_precision(cascade, labelled, storage, name, mpn):
-    model = cascade(name, *words(MPN_DTYPE_TEST=mpn))
+    model = cascade(name, MPN_DTYPE_TEST=mpn)
     with torch.autocast("cpu", torch.bfloat16, enabled=mpn == "float32"):
         losses = model.train()(labelled)
         with torch.no_grad():
@@ -487,115 +465,25 @@ def test_detections_take_no_more_than_they_need(cascade, inputs):
         assert set(found.get_fields()) == {"pred_boxes", "scores", "pred_classes"}
 
 
-# HTC
-
-
-@pytest.mark.parametrize("mode", ["train", "eval"])
-def test_mask_information_flow(cascade, inputs, inputs_of, storage, mode):
-    """The third mask head sees x + g_2(f_2(x + g_1(f_1(x))))."""
-    model = getattr(cascade("htc", *words(SEMANTIC=False)), mode)()
-    heads = model.roi_heads
-    seen, pooled = inputs_of(heads.mask_head[2].mask_fcn1), []
-    heads.mask_pooler.register_forward_hook(lambda _, arguments, output: pooled.append(output))
-    with torch.no_grad():
-        model(inputs)
-        x = pooled[-1]
-        f_1 = features_of(heads.mask_head[0], x)
-        f_2 = features_of(heads.mask_head[1], x + heads.flows[0](f_1))
-        torch.testing.assert_close(seen[-1][0], x + heads.flows[1](f_2))
-    assert (heads.flows[0](f_1) >= 0).all()
-
-
-def test_both_flows_are_added(cascade, inputs, inputs_of):
-    model = cascade("htc_dsg", *words(MASK_FLOW=True, SEMANTIC=False))
-    heads = model.roi_heads
-    seen, fused, pooled = inputs_of(heads.mask_head[1].mask_fcn1), inputs_of(heads.mask_fusions[1]), []
-    heads.mask_pooler.register_forward_hook(lambda _, arguments, output: pooled.append(output))
-    with torch.no_grad():
-        model(inputs)
-        x, previous = pooled[-1], fused[-1][1]
-        expected = x + heads.flows[0](features_of(heads.mask_head[0], x)) + heads.mask_fusions[1].conv(previous)
-    calls = [arguments[0] for arguments in seen if len(arguments[0]) == len(x)]
-    assert any(torch.allclose(call, expected, atol=1e-5) for call in calls)
-
-
-def test_semantic_branch_by_hand():
-    """Two levels of constants and kernels that pass on what they get."""
-    branch = SemanticBranch(in_features=["a", "b"], common=1, channels=1, num_classes=1, ignore_value=255, loss_weight=0.2)
-    for name, parameter in branch.named_parameters():
-        torch.nn.init.zeros_(parameter)
-        if name.endswith("weight"):
-            parameter.data[..., parameter.shape[-2] // 2, parameter.shape[-1] // 2] = 1
-    features = {"a": torch.full((1, 1, 8, 8), 2.0), "b": torch.full((1, 1, 4, 4), 3.0)}
-    logits, embedding = branch(features)
-    assert logits.shape == (1, 2, 4, 4) and (logits == 5).all() and (embedding == 5).all()
-    labels = torch.full((1, 32, 32), 255)
-    assert branch.loss(logits, labels)["loss_sem_seg"] == 0
-    labels[:, :16] = 0
-    torch.testing.assert_close(branch.loss(logits, labels)["loss_sem_seg"], 0.2 * torch.tensor(2.0).log())
-
-
-def test_cells_take_the_class_at_their_middle():
-    branch = SemanticBranch(in_features=["a"], common=0, channels=1, num_classes=2, ignore_value=255, loss_weight=1.0)
-    labels = torch.zeros(1, 16, 16, dtype=torch.int64)
-    labels[:, 4:, 4:] = 1  # the middle of the first cell of 8 x 8 is at 4
-    logits = torch.zeros(1, 3, 2, 2)
-    logits[:, 1] = 50.0
-    assert branch.loss(logits, labels)["loss_sem_seg"] < 1e-6
-
-
-def test_semantic_embedding_is_added_to_boxes_and_masks(cascade, labelled, inputs_of):
-    model = cascade("htc", "MODEL.ROI_HEADS.IN_FEATURES", ["p3"], *words(MASK_FLOW=False))
-    heads = model.roi_heads
-    box, mask = inputs_of(heads.box_head[1]), inputs_of(heads.mask_head[2].mask_fcn1)
-    pooled = {name: [] for name in ("box_pooler", "mask_pooler", "semantic_pooler")}
-    for name, outputs in pooled.items():
-        getattr(heads, name).register_forward_hook(lambda _, arguments, output, outputs=outputs: outputs.append(output))
-    with torch.no_grad():
-        model(labelled)
-    semantic = pooled["semantic_pooler"]
-    assert semantic[1].shape[-1] == 14
-    expected = torch.nn.functional.avg_pool2d(semantic[1], 2) + pooled["box_pooler"][1]
-    torch.testing.assert_close(box[0][0], expected)
-    torch.testing.assert_close(mask[0][0], semantic[-1] + pooled["mask_pooler"][-1])
-
-
-def test_padding_and_unlabelled_pixels_are_ignored(cascade, labelled, storage):
-    model = cascade("htc").train()
-    small = {**labelled[0], "image": labelled[0]["image"][:, :40, :50], "sem_seg": labelled[0]["sem_seg"][:40, :50]}
-    small["instances"] = Instances((40, 50), **labelled[1]["instances"].get_fields())
-    small["instances"].gt_masks = BitMasks(torch.zeros(0, 40, 50, dtype=torch.bool))
-    images = model.preprocess_image([small, labelled[1]])
-    labels = model._labels([small, labelled[1]], images)
-    assert labels.shape == images.tensor.shape[:1] + images.tensor.shape[-2:]
-    assert torch.equal(labels[0, :40, :50], small["sem_seg"])
-    assert (labels[0, 40:] == 255).all() and (labels[0, :, 50:] == 255).all()
-    unlabelled = [{**x, "sem_seg": torch.full((64, 96), 255)} for x in labelled]
-    assert model(unlabelled)["loss_sem_seg"] == 0
-
-
-def test_no_stuff_maps(cascade, inputs, storage):
-    with pytest.raises(DataError, match=r"coco/stuffthingmaps/train2017/.*prepare_shapes.py"):
-        cascade("htc").train()(inputs)
-    with torch.no_grad():
-        assert len(cascade("htc")(inputs)) == 2  # inference needs none
-
-
 @pytest.mark.parametrize(
     ("name", "opts", "message"),
     [
-        ("dsg", words(INTERLEAVED=False), "set MODEL.DSG.INTERLEAVED True"),
-        ("dsg", words(SGRA_MASK=True), "SGRA_MASK False"),
-        ("dsg", ["MODEL.PROPOSAL_GENERATOR.NAME", "RPN"], "'MaskRPN'"),
-        ("base", words(STAGE_WEIGHTS=[1.0, 0.5]), "each of the 3 stages"),
-        ("base", ["MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", False], "CLS_AGNOSTIC_BBOX_REG True, found False"),
-        ("base", ["MODEL.ROI_MASK_HEAD.NAME", "MaskPlusHead"], "NAME MaskRCNNConvUpsampleHead, found MaskPlusHead"),
-        ("base", ["MODEL.MASK_ON", False], "MASK_ON True, found False"),
-        ("base", ["MODEL.KEYPOINT_ON", True], "KEYPOINT_ON False, found True"),
-        ("base", ["MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES", True], "TRAIN_ON_PRED_BOXES False, found True"),
-        ("base", ["MODEL.ROI_HEADS.IOU_THRESHOLDS", [0.4]], r"IOU_THRESHOLDS \[0.5\], found \[0.4\]"),
-        ("base", ["MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS", [[1.0] * 4]], "each of the 3 IOUS, found 1"),
-        ("base", words(MASK_FLOW=True), "MASK_FLOW False, found True"),
+        ("cascade_dsg", ["MODEL.DSG.INTERLEAVED", False], "set MODEL.DSG.INTERLEAVED True"),
+        ("cascade_dsg", ["MODEL.DSG.SGRA_MASK", True], "SGRA_MASK False"),
+        ("cascade_dsg", ["MODEL.PROPOSAL_GENERATOR.NAME", "RPN"], "'MaskRPN'"),
+        ("cascade_mask_rcnn", ["MODEL.DSG.STAGE_WEIGHTS", [1.0, 0.5]], "each of the 3 stages"),
+        ("cascade_mask_rcnn", ["MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", False], "CLS_AGNOSTIC_BBOX_REG True, found False"),
+        (
+            "cascade_mask_rcnn",
+            ["MODEL.ROI_MASK_HEAD.NAME", "MaskPlusHead"],
+            "NAME MaskRCNNConvUpsampleHead, found MaskPlus",
+        ),
+        ("cascade_mask_rcnn", ["MODEL.MASK_ON", False], "MASK_ON True, found False"),
+        ("cascade_mask_rcnn", ["MODEL.KEYPOINT_ON", True], "KEYPOINT_ON False, found True"),
+        ("cascade_mask_rcnn", ["MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES", True], "TRAIN_ON_PRED_BOXES False, found True"),
+        ("cascade_mask_rcnn", ["MODEL.ROI_HEADS.IOU_THRESHOLDS", [0.4]], r"IOU_THRESHOLDS \[0.5\], found \[0.4\]"),
+        ("cascade_mask_rcnn", ["MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS", [[1.0] * 4]], "each of the 3 IOUS, found 1"),
+        ("cascade_mask_rcnn", ["MODEL.DSG.MASK_FLOW", True], "MASK_FLOW False, found True"),
         ("htc", ["MODEL.SEM_SEG_HEAD.COMMON_STRIDE", 7], "COMMON_STRIDE is 7"),
         ("htc", ["MODEL.META_ARCHITECTURE", "GeneralizedRCNN"], "META_ARCHITECTURE 'DSGRCNN', found 'GeneralizedRCNN'"),
         ("htc_dsg", ["MODEL.ROI_HEADS.NAME", "DSGROIHeads"], "INTERLEAVED is of cascades"),
