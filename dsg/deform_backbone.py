@@ -59,7 +59,6 @@ class DeformBottleneckBlock(CNNBlockBase):
         out = self.conv3(F.relu_(out))
         return F.relu_(out + (x if self.shortcut is None else self.shortcut(x)))
 
-
     def _sample_and_convolve(self, x: Tensor, offset: Tensor, weights: Tensor | None) -> Tensor:
         """torchvision's operator has no half types on a CPU: it computes in float32 there."""
         conv, tensors = self.conv2, (x, offset, self.conv2.weight, self.conv2.bias, weights)

@@ -41,9 +41,7 @@ class AdversarialTrainer(StandardTrainer):
         super().__init__(cfg, trust)
         ganmask = cfg.MODEL.GANMASK
         if ganmask.LOSSES not in ("both", "adversarial", "baseline"):
-            raise ConfigError(
-                f"MODEL.GANMASK.LOSSES is '{ganmask.LOSSES}': expected 'both', 'adversarial' or 'baseline'."
-            )
+            raise ConfigError(f"MODEL.GANMASK.LOSSES is '{ganmask.LOSSES}': expected 'both', 'adversarial' or 'baseline'.")
         self.plays = ganmask.LOSSES != "baseline"
         if not self.plays:
             return

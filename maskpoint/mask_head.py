@@ -17,6 +17,8 @@ from fvcore.nn import weight_init
 from torch import Tensor
 from torch.nn import functional as F
 
+from projects.errors import ConfigError
+
 from .contour import ContourSampler
 from .fusion import EdgeFusion
 
@@ -57,19 +59,29 @@ class FusedMaskHead(MaskRCNNConvUpsampleHead):
             x = F.relu(self.deconv2(x))
         return self.predictor(x)
 
-    def forward(self, x: Tensor, instances: list[Instances], heatmaps: Tensor) -> dict[str, Tensor] | list[Instances]:
+    def forward(
+        self, x: Tensor, instances: list[Instances], heatmaps: Tensor | None = None
+    ) -> dict[str, Tensor] | list[Instances]:
         """As Detectron2's mask heads, with the logits O_m (equation 2).
 
         Args:
             x: (R, C, P, P), the RoI features.
             instances: the R RoIs by image, in training with ``proposal_boxes``, ``gt_classes`` and ``gt_masks``.
-            heatmaps: (R, K, S, S) of the same RoIs.
+            heatmaps: (R, K, S, S) of the same RoIs; without fusion they are not looked at.
+
+        Raises:
+            ConfigError: no heat maps to fuse, as from other RoI heads than MaskPointROIHeads.
 
         Returns:
             {"loss_mask": scalar} in training; at inference the instances with ``pred_masks`` (R, 1, N, N), probabilities.
         """
         logits = self.layers(x)
         if self.fusion is not None:
+            if heatmaps is None:
+                raise ConfigError(
+                    "FusedMaskHead fuses the heat maps that MODEL.ROI_HEADS.NAME 'MaskPointROIHeads' gives it: set that, or "
+                    "MODEL.MASKPOINT.FUSION_DESIGN 'none'."
+                )
             logits = self.fusion(heatmaps, logits)
         if self.training:
             return {"loss_mask": self.loss_weight * mask_rcnn_loss(logits, instances, self.vis_period)}

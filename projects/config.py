@@ -44,6 +44,10 @@ class Config(CfgNode):
         if not isinstance(content, yaml.MappingNode):
             found = f"a {content.id}" if content else "nothing"
             raise ConfigError(f"Config file '{filename}' holds {found}: expected a mapping, e.g. 'MODEL:' and keys below it.")
+        for key, value in content.value:
+            of_list = value.value if isinstance(value, yaml.SequenceNode) else [value]
+            if key.value == "_BASE_" and any(base.tag != "tag:yaml.org,2002:str" for base in of_list):
+                raise ConfigError(f"Config file '{filename}': _BASE_ takes the name of a config file, or a list of names.")
         return super().load_yaml_with_base(filename, allow_unsafe)
 
     def merge_from_file(self, cfg_filename: str, allow_unsafe: bool = False) -> None:

@@ -17,6 +17,9 @@ from projects.errors import ConfigError
         ("MODEL: 3\n", "MODEL: expected keys below it, e.g. MODEL.LOAD_PROPOSALS; found the value 3."),
         ("MODEL:\n", "MODEL: expected keys below it, e.g. MODEL.LOAD_PROPOSALS; found the value None."),
         ("MODEL:\n  DEVICE:\n    A: 1\n", "MODEL.DEVICE: expected a value such as '\\w+'; found keys: A."),
+        ("_BASE_: 3\n", "_BASE_ takes the name of a config file, or a list of names."),
+        ("_BASE_: [a.yaml, 3]\n", "_BASE_ takes the name of a config file, or a list of names."),
+        ("_BASE_:\n", "_BASE_ takes the name of a config file, or a list of names."),
         ("_BASE_: nowhere.yaml\n", "No such file or directory: '.*nowhere.yaml'$"),
     ],
 )

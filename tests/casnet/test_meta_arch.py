@@ -342,9 +342,7 @@ def test_separated_reads_the_official_segmentation_weights(narrow, official, tmp
     opts = [*full, "MODEL.CASNET.SEMANTIC_WEIGHTS", str(tmp_path / "official.pth")]
     model = build_model(narrow("panoptic_separated", *opts))
     network = model.semantic_network.network
-    modes = [
-        {m.mode for m in net.backbone.modules() if isinstance(m, nn.Upsample)} for net in (model, network)
-    ]
+    modes = [{m.mode for m in net.backbone.modules() if isinstance(m, nn.Upsample)} for net in (model, network)]
     assert modes == [{"nearest"}, {"bilinear"}]
     for name, value in network.backbone.net.state_dict().items():
         assert torch.equal(value, state[f"model.{name}"].to(value.dtype)), name

@@ -116,6 +116,14 @@ def test_mask_head(design):
     torch.testing.assert_close(found, fused[[0, 1], [2, 1]][:, None].sigmoid())
 
 
+def test_other_heads_give_no_heat_maps():
+    """Without fusion the mask head is Detectron2's and needs none."""
+    x, detections = torch.randn(2, 8, 14, 14), [Instances((64, 64), pred_classes=torch.tensor([2, 1]))]
+    assert mask_head(None).eval()(x, detections)[0].pred_masks.shape == (2, 1, 28, 28)
+    with pytest.raises(ConfigError, match="set that, or MODEL.MASKPOINT.FUSION_DESIGN 'none'"):
+        mask_head(EdgeFusion(K, "b")).eval()(x, detections)
+
+
 def test_weights_of_mask_rcnn_have_their_names():
     from detectron2.modeling.roi_heads.mask_head import MaskRCNNConvUpsampleHead
 
