@@ -24,11 +24,13 @@ from typing import Any
 
 import numpy as np
 import pycocotools.mask as mask_util
+import torch
 from detectron2.data import DatasetCatalog, Metadata
 from detectron2.data.detection_utils import read_image
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Instances
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 from casnet.pictures import attribute_pictures
@@ -216,6 +218,8 @@ class Demo:
             if len(instances):
                 self.best_score = max(instances.scores.max().item(), self.best_score or 0.0)
             output = {**output, "instances": instances[instances.scores >= self.score_threshold]}
+        if "panoptic_seg" in output:
+            output = {**output, "panoptic_seg": confident_segments(*output["panoptic_seg"], self.score_threshold)}
         picture = draw(image, output, self.predictor.metadata, self.color_by)
         if self.maps:
             picture = contact_sheet([titled(picture, "prediction"), *map_pictures(image, output["instances"])], columns=1)
@@ -224,6 +228,15 @@ class Demo:
         for result in coco_results(output, self.predictor.metadata):
             self.results.append({**result, "image_id": self.count, **source})
         return picture
+
+
+def confident_segments(labels: Tensor, segments: list[dict] | None, threshold: float) -> tuple[Tensor, list[dict] | None]:
+    """A panoptic map (H, W) and its segments, without those that score less: they become void (0)."""
+    low = [segment["id"] for segment in segments or () if segment.get("score", 1.0) < threshold]
+    if not low:
+        return labels, segments
+    labels = labels.masked_fill(torch.isin(labels, labels.new_tensor(low)), 0)
+    return labels, [segment for segment in segments if segment["id"] not in low]
 
 
 def map_pictures(image: np.ndarray, instances: Instances) -> list[np.ndarray]:

@@ -13,6 +13,8 @@ def add_casnet_config(cfg: CfgNode) -> None:
     cfg.MODEL.CASNET.MODE = "joint"
     # Mode "separated": the weights of the semantic network, of a config such as semantic_hrnet_w48.yaml or official ones.
     cfg.MODEL.CASNET.SEMANTIC_WEIGHTS = ""
+    # Mode "separated": the config file of the second network; "": it has this model's backbone and OUTPUT_STRIDE.
+    cfg.MODEL.CASNET.SEMANTIC_CONFIG = ""
     # For each thing class its number among the semantic classes (the train ids of Cityscapes' eight: 11 to 18).
     cfg.MODEL.CASNET.THING_LABELS = [11, 12, 13, 14, 15, 16, 17, 18]
     # Image pixels per cell of the grid that the heads predict on (section III.A): 2, 4 or 8.
@@ -50,5 +52,6 @@ def add_casnet_config(cfg: CfgNode) -> None:
     cfg.MODEL.CASNET.TIE_MARGIN = 0.02
     # Votes: pairs of a pixel and a seed that are looked at at once; this bounds the memory.
     cfg.MODEL.CASNET.MAX_PAIRS = 4000000
-    # Multiply an instance's score, the probability of its seed, by the mean semantic probability of its pixels.
+    # Multiply an instance's score, the probability of its seed, by the mean semantic probability of its pixels (in mode
+    # "oracle" there are none, and the score stays).
     cfg.MODEL.CASNET.SEMANTIC_SCORE = False

@@ -7,6 +7,7 @@ The paper says that its pyramid has 1/2, 1/4 and 1/8 of the input's size. HRNet 
 decided in :mod:`.heads`.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from projects.engine.safe_loading import load_torch
 from projects.errors import CheckpointError, ConfigError
 
 from .norm import synchronized
+
+logger = logging.getLogger(__name__)
 
 NAMES = ("stem", "branch1", "branch2", "branch3", "branch4")
 STRIDES = (2, 4, 8, 16, 32)
@@ -93,11 +96,18 @@ class HRNet(Backbone):
 
 @BACKBONE_REGISTRY.register()
 def build_hrnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> HRNet:
-    """HRNet with the weights of MODEL.CASNET.HRNET_WEIGHTS, unless MODEL.WEIGHTS replaces them anyway."""
+    """HRNet with the weights of MODEL.CASNET.HRNET_WEIGHTS, unless MODEL.WEIGHTS or a run that goes on replace them anyway."""
     backbone = HRNet(cfg)
     source = cfg.MODEL.CASNET.HRNET_WEIGHTS
-    if source and not cfg.MODEL.WEIGHTS:
+    replaced = cfg.MODEL.WEIGHTS or (Path(cfg.OUTPUT_DIR) / "last_checkpoint").is_file()
+    if source and not replaced:
         state = timm_weights(cfg) if source == "timm" else official_weights(source)
+        if "last_layer.0.weight" in state and cfg.MODEL.CASNET.HRNET_UPSAMPLE != "bilinear":
+            logger.warning(
+                "HRNET_WEIGHTS '%s' are of the authors' segmentation code, whose network enlarges bilinearly: set "
+                "MODEL.CASNET.HRNET_UPSAMPLE bilinear.",
+                source,
+            )
         load_hrnet(backbone, state, f"HRNET_WEIGHTS '{source}'")
     return synchronized(backbone, cfg)
 

@@ -57,7 +57,7 @@ class CommonAttributeSupport:
             seed_threshold: seeds have a higher box probability.
             nms_threshold: IoU of two seeds' boxes above which the less probable one is dropped.
             pre_nms_topk: positions that enter the NMS.
-            max_seeds: of an image, that leave it.
+            max_seeds: of an image, that leave it; a negative number is no limit.
             tie_margin: IoUs less than this below the best count as equal to it.
             max_pairs: (cell, seed) that are looked at at once.
         """
@@ -130,7 +130,8 @@ class CommonAttributeSupport:
         of_cells = boxes[cells]
         if len(cells):  # torchvision keeps classes apart only where no coordinate is negative
             of_cells = of_cells - of_cells.amin()
-        kept = batched_nms(of_cells, scores, classes, self.nms_threshold)[: self.max_seeds]
+        kept = batched_nms(of_cells, scores, classes, self.nms_threshold)
+        kept = kept if self.max_seeds < 0 else kept[: self.max_seeds]
         return Seeds(boxes[cells[kept]], scores[kept], classes[kept], cells[kept])
 
     def vote(self, boxes: Tensor, classes: Tensor, seeds: Seeds) -> Tensor:

@@ -11,8 +11,9 @@ from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY
 from torch import Tensor, nn
 
+from projects import load_config
 from projects.engine.checkpoint import Checkpointer
-from projects.errors import CheckpointError
+from projects.errors import CheckpointError, ConfigError
 
 from .hrnet import HRNet, load_hrnet, official_weights
 
@@ -32,12 +33,13 @@ class SemanticNetwork:
 
 
 def build_semantic_network(cfg: CfgNode) -> SemanticNetwork:
-    """The network of a config such as semantic_hrnet_w48.yaml, with ``cfg``'s backbone, and MODEL.CASNET.SEMANTIC_WEIGHTS.
+    """The network of MODEL.CASNET.SEMANTIC_CONFIG, or where that is empty with ``cfg``'s backbone, and SEMANTIC_WEIGHTS.
 
     The file is one of that config's, or one of HRNet's authors for semantic segmentation, whose network enlarges bilinearly.
 
     Raises:
         CheckpointError: there is no such file, or it does not fit.
+        ConfigError: there is no such config, or it has other classes.
     """
     path = cfg.MODEL.CASNET.SEMANTIC_WEIGHTS
     if not Path(path).is_file():
@@ -46,9 +48,7 @@ def build_semantic_network(cfg: CfgNode) -> SemanticNetwork:
             f"MODEL.CASNET.SEMANTIC_WEIGHTS, found no file '{path}'. Train that network with the *semantic_hrnet* config in "
             "configs/casnet/ for the same data set, and set the key to its model_final.pth; or choose the mode 'joint'."
         )
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.CASNET.HRNET_WEIGHTS = ""
+    cfg = settings(cfg)
     try:
         weights = official_weights(path)
         official = "conv1.weight" in weights
@@ -64,6 +64,21 @@ def build_semantic_network(cfg: CfgNode) -> SemanticNetwork:
     except CheckpointError as error:
         raise CheckpointError(f"MODEL.CASNET.SEMANTIC_WEIGHTS, the weights of the semantic network: {error}") from error
     return SemanticNetwork(network)
+
+
+def settings(cfg: CfgNode) -> CfgNode:
+    """The second network's, without weights."""
+    path = cfg.MODEL.CASNET.SEMANTIC_CONFIG
+    own = load_config(path, ["MODEL.DEVICE", cfg.MODEL.DEVICE]) if path else cfg.clone()
+    own.defrost()
+    own.MODEL.WEIGHTS = own.MODEL.CASNET.HRNET_WEIGHTS = ""
+    expected, found = (each.MODEL.SEM_SEG_HEAD.NUM_CLASSES for each in (cfg, own))
+    if found != expected:
+        raise ConfigError(
+            f"MODEL.CASNET.SEMANTIC_CONFIG '{path}' has {found} classes in MODEL.SEM_SEG_HEAD.NUM_CLASSES: expected "
+            f"{expected}, as this model's."
+        )
+    return own
 
 
 def load_official(network: nn.Module, weights: Mapping[str, Tensor], path: str) -> None:

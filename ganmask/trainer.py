@@ -37,6 +37,13 @@ class AdversarialTrainer(StandardTrainer):
     discriminators' losses and the accuracy of D_b on real and on fake boxes are logged beside it.
     """
 
+    advice = (
+        " Where it is loss_adv_box or loss_adv_mask, the discriminators, which are not in that folder, have stepped already, "
+        "and the replay, which has the model's own losses only, finds nothing; remedies: a lower "
+        "MODEL.GANMASK.DISCRIMINATOR_LR_FACTOR, lower MODEL.GANMASK.BOX_WEIGHT and MASK_WEIGHT, a later "
+        "MODEL.GANMASK.START_ITER."
+    )
+
     def __init__(self, cfg: CfgNode, trust: bool = False):
         super().__init__(cfg, trust)
         ganmask = cfg.MODEL.GANMASK
@@ -117,7 +124,7 @@ class AdversarialTrainer(StandardTrainer):
     def log(self, judgement: Judgement, losses: dict[str, Tensor]) -> None:
         """Log the means over the processes; the accuracy only where some process has foreground."""
         counts = {
-            "samples": judgement.real_scores.new_tensor(len(judgement.real_scores)),
+            "samples": torch.tensor(len(judgement.real_scores), device=judgement.real_scores.device),
             "real": (judgement.real_scores > 0).sum(),
             "fake": (judgement.fake_scores < 0).sum(),
         }

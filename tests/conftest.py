@@ -60,6 +60,17 @@ def shapes_root() -> Path:
 
 
 @pytest.fixture(scope="session")
+def cityscapes_root(shapes_root) -> Path:
+    """The folder of shapes in Cityscapes' format, with its panoptic maps."""
+    from projects.data.cityscapes_panoptic import write_panoptic
+
+    folder = shapes_root / "shapes" / "cityscapes"
+    for split in ("train", "val"):
+        write_panoptic(folder, split, workers=1, progress=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def real_coco_root() -> Path:
     """A data root with real COCO images; skips where there is none."""
     if not (SHARED_DATA / "coco").is_dir():

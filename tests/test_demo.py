@@ -187,6 +187,11 @@ def test_panoptic_and_semantic_outputs(demo, inputs, tmp_path):
     assert (stuff["category_id"], mask_util.area(stuff["segmentation"])) == (92, (height - 60) * width)
     assert {thing["image_id"], stuff["image_id"]} == {1} and thing["file_name"].endswith("photo.png")
 
+    (rest,) = show(demo, inputs, tmp_path, Finds({"panoptic_seg": (segments, info)}, **ids), threshold=0.8)
+    assert rest == {**stuff}  # the segment that scores less is void
+    labels, kept = demo.confident_segments(segments, info, 0.8)
+    assert labels.unique().tolist() == [0, 2] and [segment["id"] for segment in kept] == [2] and (segments == 1).any()
+
     same = show(demo, inputs, tmp_path, Finds({"panoptic_seg": (segments - 1 + 1000 * (segments > 1), None)},
                                               label_divisor=1000, **ids))  # fmt: skip
     assert [(r["category_id"], mask_util.area(r["segmentation"])) for r in same] == [

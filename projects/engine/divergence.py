@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 class DivergedError(UserError):
-    """A loss is not finite. Raised by all processes in the same iteration, before the backward pass."""
+    """A loss is not finite. Raised by all processes in the same iteration, before the model's backward pass."""
 
 
 def mean_over_processes(losses: dict[str, torch.Tensor], flag: bool) -> tuple[dict[str, float], bool]:
@@ -53,7 +53,7 @@ def check_finite(means: dict[str, float], losses: dict[str, torch.Tensor], batch
         losses: losses of this process; empty when its forward pass broke off.
         batch: the mapped samples of this process.
         context: "cfg", "iteration", "seed" (of the loader), "rng" (generator states before the step), and "save_weights", a
-            function that writes the model's weights to a path.
+            function that writes the model's weights to a path, "advice", what the trainer adds to the message.
 
     Writes ``OUTPUT_DIR/diverged_<iteration>/``: ``rank<r>.pth`` of each process whose own loss is not finite (losses, image
     ids, samples, generator states), ``model.pth`` and ``config.yaml``. ``tools/replay_divergence.py`` runs it again.
@@ -86,5 +86,5 @@ def check_finite(means: dict[str, float], losses: dict[str, torch.Tensor], batch
         f"Training diverged in iteration {context['iteration']}: {', '.join(bad)} not finite. Image ids by process: {all_ids}. "
         f"The weights before this step and what reproduces it are in '{folder}': run `python tools/replay_divergence.py "
         f"{folder}`. Usual remedies: a lower SOLVER.BASE_LR, a longer SOLVER.WARMUP_ITERS, SOLVER.CLIP_GRADIENTS.ENABLED True, "
-        "data without defects (tools/validate_dataset.py)."
+        f"data without defects (tools/validate_dataset.py).{context['advice']}"
     )

@@ -52,8 +52,10 @@ class StandardTrainer(TrainerBase):
 
     Its checkpoints hold model, optimizer, scheduler, loss scaler, loader position, iteration and the generator states of
     every process, so that a resumed run is the run that was interrupted. A trainer with more state overrides
-    ``checkpointables`` and ``run_step``.
+    ``checkpointables`` and ``run_step``; one that diverges in ways of its own has ``advice``, which ends the message then.
     """
+
+    advice = ""
 
     def __init__(self, cfg: CfgNode, trust: bool = False):
         super().__init__()
@@ -222,7 +224,8 @@ class StandardTrainer(TrainerBase):
         if stop:
             self.stopped_by = self._signal or signal.SIGTERM
         context = {"cfg": self.cfg, "iteration": self.iter, "seed": self.loader.seed, "rng": states}
-        check_finite(means, losses, batch, context | {"save_weights": self.checkpointer.save_weights})
+        context |= {"save_weights": self.checkpointer.save_weights, "advice": self.advice}
+        check_finite(means, losses, batch, context)
         return means
 
     def save(self, name: str) -> None:

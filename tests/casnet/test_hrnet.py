@@ -102,13 +102,14 @@ FULL = ["MODEL.CASNET.HRNET_WIDTH", 4, "MODEL.CASNET.HRNET_MODULES", [1, 4, 3], 
 
 
 @pytest.mark.parametrize("prefix, wrap", [("", None), ("model.", None), ("model.", "state_dict"), ("", "model")])
-def test_official_files_load(prefix, wrap, narrow, official, tmp_path):
+def test_official_files_load(prefix, wrap, narrow, official, tmp_path, caplog):
     shapes = {name: shape for name, shape in official.hrnet(4).items() if not name.endswith("num_batches_tracked")}
     classifier = {"incre_modules.0.0.conv1.weight": (32, 4, 1, 1), "classifier.bias": (1000,)}
     state = file_of(tmp_path, shapes | official.last_layer(4, 19) | classifier, prefix, wrap)
     backbone = build_backbone(narrow("panoptic_joint", *FULL, "MODEL.CASNET.HRNET_WEIGHTS", str(tmp_path / "hrnet.pth")))
     loaded = backbone.net.state_dict()
     assert all(torch.equal(loaded[name], state[prefix + name]) for name in shapes)
+    assert "set MODEL.CASNET.HRNET_UPSAMPLE bilinear" in caplog.text  # they have the authors' segmentation head
 
 
 def test_unfit_files_are_refused(narrow, official, tmp_path):
@@ -128,7 +129,7 @@ def test_unfit_files_are_refused(narrow, official, tmp_path):
         build_backbone(cfg)
 
 
-def test_timm_is_asked_for_weights_only_where_none_are_given(narrow, monkeypatch):
+def test_timm_is_asked_for_weights_only_where_none_are_given(narrow, monkeypatch, tmp_path):
     asked = []
 
     def create_model(name, **arguments):
@@ -138,6 +139,8 @@ def test_timm_is_asked_for_weights_only_where_none_are_given(narrow, monkeypatch
     monkeypatch.setattr(timm, "create_model", create_model)
     opts = [*FULL, "MODEL.CASNET.HRNET_WIDTH", 18, "MODEL.CASNET.HRNET_WEIGHTS", "timm"]
     build_backbone(narrow("panoptic_joint", *opts, "MODEL.WEIGHTS", "model_final.pth"))
+    (tmp_path / "last_checkpoint").write_text("model_0000100.pth")  # of a run that goes on
+    build_backbone(narrow("panoptic_joint", *opts, "OUTPUT_DIR", str(tmp_path)))
     assert asked == []
     build_backbone(narrow("panoptic_joint", *opts))
     assert asked == [("hrnet_w18", {"pretrained": True, "features_only": True, "feature_location": ""})]

@@ -332,6 +332,24 @@ def test_the_second_network_is_no_part_of_the_model(narrow, tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_the_second_network_has_a_config_of_its_own(narrow, tmp_path):
+    """A ResNet for the attributes, an HRNet that enlarges bilinearly for the semantic map."""
+    semantic_cfg = narrow("semantic_hrnet_w48", "MODEL.CASNET.HRNET_UPSAMPLE", "bilinear", "MODEL.CASNET.OUTPUT_STRIDE", 8)
+    (tmp_path / "semantic.yaml").write_text(semantic_cfg.dump())
+    network = semantic_weights(semantic_cfg, tmp_path / "semantic.pth")
+    opts = ["MODEL.CASNET.MODE", "separated", "MODEL.CASNET.SEMANTIC_WEIGHTS", str(tmp_path / "semantic.pth")]
+    opts += ["MODEL.CASNET.SEMANTIC_CONFIG", str(tmp_path / "semantic.yaml")]
+    model = build_model(narrow("panoptic_joint_R_50_FPN", *opts)).eval()
+    inputs = [{"image": sample()["image"], "height": 60, "width": 90}]
+    assert torch.equal(predict(model, inputs)[0]["sem_seg"], predict(network, inputs)[0]["sem_seg"])
+    assert {m.mode for m in model.semantic_network.network.backbone.modules() if isinstance(m, nn.Upsample)} == {"bilinear"}
+    semantic_cfg.defrost()
+    semantic_cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = 5
+    (tmp_path / "semantic.yaml").write_text(semantic_cfg.dump())
+    with pytest.raises(ConfigError, match="SEMANTIC_CONFIG '.*semantic.yaml' has 5 classes.*expected 19"):
+        build_model(narrow("panoptic_joint_R_50_FPN", *opts))
+
+
 def test_separated_reads_the_official_segmentation_weights(narrow, official, tmp_path):
     """Their head's first convolution has a bias: the result is as if it were there."""
     full = ["MODEL.CASNET.HRNET_MODULES", [1, 4, 3], "MODEL.CASNET.HRNET_BLOCKS", 4]
@@ -384,6 +402,17 @@ def test_wrong_keys_are_named(key, value, expected, narrow):
         build_model(narrow("panoptic_joint", f"MODEL.CASNET.{key}", value))
 
 
+def test_mixed_precision(narrow):
+    model = build_model(narrow("panoptic_joint"))
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = model([sample(), without_instances()])
+        sum(losses.values()).backward()
+        output = predict(model.eval(), [{"image": sample()["image"], "height": 60, "width": 90}])[0]
+    assert all(loss.isfinite() and loss > 0 for loss in losses.values())
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    assert output["common_attributes"]["distances"].isfinite().all()
+
+
 # ---- Several processes
 
 
@@ -397,7 +426,10 @@ def test_batch_norm_is_synchronized_where_it_can_be(processes, device, on, narro
     wanted = nn.SyncBatchNorm if (processes, device, on) == (2, "cuda", True) else nn.BatchNorm2d
     assert kinds == {wanted}
     head = nn.Sequential(nn.BatchNorm2d(3))
-    assert synchronized(head, cfg).state_dict().keys() == head.state_dict().keys()
+    torch.nn.init.normal_(head[0].weight)
+    before = {name: value.clone() for name, value in head.state_dict().items()}
+    after = synchronized(head, cfg).state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], value) for name, value in before.items())
 
 
 # ---- Weights of every row

@@ -11,7 +11,7 @@ from PIL import Image
 import demo
 from casnet.pictures import attribute_pictures, distance_maps, scaled
 from casnet.postprocess import CommonAttributeSupport
-from projects.canvas import Canvas
+from projects.canvas import Canvas, distinct_colors
 from projects.errors import ConfigError
 from projects.visualization import GAP, TITLE_HEIGHT
 
@@ -51,9 +51,13 @@ def test_six_pictures(output):
     scale = Canvas(image).scale
     assert [picture.shape for picture in pictures] == [(8 * scale + TITLE_HEIGHT, 12 * scale, 3)] * 6
     centres, seeds = (picture[TITLE_HEIGHT:] for picture in pictures[4:])
+    for row, column in ((1, 1), (2, 4)):  # the cells of the seeds
+        y, x = (int((side + 0.5) * 2 * scale) for side in (row, column))
+        assert (seeds[y, x] == 255).all()
     assert not (centres == 255).all(axis=2).any()
-    middle = 1.5 * 2 * scale  # of the first seed's cell, across and down
-    assert (seeds[int(middle), int(middle)] == 255).all()
+    left, top, right, bottom = output["common_attributes"]["distances"][:, 0, 0]  # of a cell of the first instance
+    y, x = (int((0.5 + float(far - near) / 2) * 2 * scale) for near, far in ((top, bottom), (left, right)))
+    assert tuple(centres[y, x]) == tuple(distinct_colors()[0])
 
 
 def test_distances_of_nothing_are_black():

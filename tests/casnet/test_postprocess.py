@@ -218,6 +218,8 @@ def test_seeds_pass_the_threshold_and_nms_within_their_class():
     assert seeds.boxes[2].tolist() == [2.5, -0.5, 6.5, 3.5]
     few = CommonAttributeSupport(max_seeds=2).find_seeds(probabilities, predicted_boxes(distances), (4, 6))
     assert few.cells.tolist() == [8, 8]
+    unlimited = CommonAttributeSupport(max_seeds=-1).find_seeds(probabilities, predicted_boxes(distances), (4, 6))
+    assert unlimited.cells.tolist() == [8, 8, 10]
     first = CommonAttributeSupport(pre_nms_topk=1).find_seeds(probabilities, predicted_boxes(distances), (4, 6))
     assert first.classes.tolist() == [1] and first.cells.tolist() == [8]
     for more in ({"nms_threshold": 0.7}, {"seed_threshold": 0.45}):

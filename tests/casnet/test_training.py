@@ -18,15 +18,16 @@ COCO_FORMAT = [  # of the panoptic shapes: eleven classes, the things first
 ]  # fmt: skip
 
 
-def test_panoptic_training_and_evaluation(shapes_root, narrow, tmp_path):
-    cfg = narrow("shapes_panoptic_joint", *FEW, *COCO_FORMAT, "OUTPUT_DIR", str(tmp_path))
+@pytest.mark.parametrize("opts", [COCO_FORMAT, []], ids=["COCO", "Cityscapes"])
+def test_panoptic_training_and_evaluation(cityscapes_root, narrow, tmp_path, opts):
+    cfg = narrow("shapes_panoptic_joint", *FEW, *opts, "OUTPUT_DIR", str(tmp_path))
     trainer = build_trainer(cfg)
     trainer.train()
     losses = trainer.storage.history("total_loss").values()
     assert len(losses) == 4 and losses[-1][0] < losses[0][0]
     assert {"PQ", "SQ", "RQ", "PQ_th", "PQ_st"} <= trainer.results["panoptic_seg"].keys()
-    assert trainer.results["segm"]["AP"] >= 0
-    assert len(list((tmp_path / "evaluation/shapes_val_panoptic/pictures").glob("*.png"))) == 1
+    assert trainer.results["segm"]["AP"] >= 0 and (opts or trainer.results["sem_seg"]["mIoU"] >= 0)
+    assert len(list((tmp_path / "evaluation" / cfg.DATASETS.TEST[0] / "pictures").glob("*.png"))) == 1
     means = validation_losses(cfg, trainer.model)
     assert sorted(means) == ["val_loss_attributes", "val_loss_probability", "val_loss_semantic", "val_total_loss"]
 

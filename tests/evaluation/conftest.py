@@ -1,7 +1,6 @@
 """Made-up COCO ground truth and detections with everything that makes the evaluation branch; shapes in Cityscapes' format."""
 
 import copy
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -130,17 +129,6 @@ def two_cars():
     }
     found = [(0.9, box(0)), (0.8, box(120)), (0.7, box(60))]
     return dataset, [{"image_id": 3, "category_id": 2, "score": score, **shape} for score, shape in found]
-
-
-@pytest.fixture(scope="session")
-def cityscapes_root(shapes_root) -> Path:
-    """The folder of shapes in Cityscapes' format, with its panoptic maps."""
-    from projects.data.cityscapes_panoptic import write_panoptic
-
-    folder = shapes_root / "shapes" / "cityscapes"
-    for split in ("train", "val"):
-        write_panoptic(folder, split, workers=1, progress=False)
-    return folder
 
 
 @pytest.fixture

@@ -38,15 +38,15 @@ def narrow(name: str):
 
 
 @pytest.mark.parametrize(
-    "data, depth, images, rate, drops, iterations, sizes, test_size, longest",
+    "data, depth, images, rate, drops, iterations, sizes, test_size, longest, classes, warm_up, best",
     [
-        ("phone_{}_R_101_FPN", 101, 16, 0.01, (18_000, 24_000), 27_000, (400, 600), 400, 2048),
-        ("cityscapes10_{}_R_50_FPN", 50, 8, 0.01, (18_000,), 24_000, (800, 1024), 1024, 2048),
-        ("coco_{}_R_101_FPN", 101, 8, 0.01, (120_000, 160_000), 180_000, (800,), 800, 1333),
-        ("gland_{}_R_50_FPN", 50, 8, 0.01, (1_500,), 2_000, (400, 522), 522, 1333),
+        ("phone_{}_R_101_FPN", 101, 16, 0.01, (18_000, 24_000), 27_000, (400, 600), 400, 2048, 11, 1000, "segm/AP"),
+        ("cityscapes10_{}_R_50_FPN", 50, 8, 0.01, (18_000,), 24_000, (800, 1024), 1024, 2048, 10, 1000, "segm/AP"),
+        ("coco_{}_R_101_FPN", 101, 8, 0.01, (120_000, 160_000), 180_000, (800,), 800, 1333, 80, 1000, ""),
+        ("gland_{}_R_50_FPN", 50, 8, 0.01, (1_500,), 2_000, (400, 522), 522, 1333, 1, 100, ""),
     ],
 )
-def test_settings_of_section_4(data, depth, images, rate, drops, iterations, sizes, test_size, longest):
+def test_settings_of_section_4(data, depth, images, rate, drops, iterations, sizes, test_size, longest, classes, warm_up, best):
     for kind, losses in (("ganmask", "both"), ("mask_rcnn", "baseline")):
         cfg = row(data.format(kind))
         solver, ganmask = cfg.SOLVER, cfg.MODEL.GANMASK
@@ -57,6 +57,9 @@ def test_settings_of_section_4(data, depth, images, rate, drops, iterations, siz
         assert cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range" or len(sizes) == 1
         assert (solver.OPTIMIZER, solver.MOMENTUM, solver.WEIGHT_DECAY) == ("SGD", 0.9, 0.0001)
         assert solver.WEIGHT_DECAY_NORM == solver.WEIGHT_DECAY and solver.GAMMA == 0.1
+        assert (classes, warm_up, best) == (cfg.MODEL.ROI_HEADS.NUM_CLASSES, solver.WARMUP_ITERS, cfg.TEST.BEST_METRIC)
+        assert {name.split("_")[0] for name in cfg.DATASETS.TRAIN + cfg.DATASETS.TEST} == {data.split("_")[0]}
+        assert (ganmask.BOX_WEIGHT, ganmask.MASK_WEIGHT, ganmask.FEATURE_SCALES) == (0.025, 0.5, [1, 1, 2, 2, 2, 4])
         assert (ganmask.DISCRIMINATOR_LR_FACTOR, ganmask.DISCRIMINATOR_LAYERS) == (0.2, 5)
 
 
