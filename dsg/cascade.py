@@ -106,6 +106,7 @@ class CascadeMaskROIHeads(CascadeROIHeads):
         for stage, weight in enumerate(self.stage_weights):
             with get_event_storage().name_scope(f"stage{stage}"):
                 self._match(rois, targets, stage)
+                self._count_foreground(rois)
                 predictions = self._predict(features, rois, stage)
                 of_stage = self._box_losses(predictions, rois, stage)
                 following = self._refine(predictions, rois, stage)
@@ -182,6 +183,9 @@ class CascadeMaskROIHeads(CascadeROIHeads):
             of_image.gt_classes = torch.where(for_boxes == 1, classes, self.num_classes)
             of_image.gt_mask_classes = torch.where(for_masks == 1, classes, self.num_classes)
             of_image.gt_matches = matches
+
+    def _count_foreground(self, rois: list[Instances]) -> None:
+        """Log, as Detectron2 does, what the stage's box head trains on."""
         foreground = sum(int((r.gt_classes < self.num_classes).sum()) for r in rois)
         storage, images = get_event_storage(), max(len(rois), 1)
         storage.put_scalar("roi_head/num_fg_samples", foreground / images)

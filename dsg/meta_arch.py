@@ -11,8 +11,9 @@ from detectron2.structures import ImageList, Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor
 
-from projects.errors import DataError
+from projects.errors import ConfigError, DataError
 
+from .htc import HTCROIHeads
 from .mask_rpn import MaskRPN
 from .semantic_branch import SEMANTIC, SemanticBranch
 
@@ -33,6 +34,11 @@ class DSGRCNN(GeneralizedRCNN):
     @classmethod
     def from_config(cls, cfg: CfgNode):
         parts = super().from_config(cfg)
+        if cfg.MODEL.DSG.SEMANTIC and not isinstance(parts["roi_heads"], HTCROIHeads):
+            raise ConfigError(
+                f"MODEL.DSG.SEMANTIC True needs MODEL.ROI_HEADS.NAME 'HTCROIHeads' or 'CascadeDSGROIHeads', which use the "
+                f"branch; found '{cfg.MODEL.ROI_HEADS.NAME}'."
+            )
         shapes = parts["backbone"].output_shape()
         return {**parts, "semantic_branch": SemanticBranch(cfg, shapes) if cfg.MODEL.DSG.SEMANTIC else None}
 

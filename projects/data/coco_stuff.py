@@ -12,7 +12,6 @@ from detectron2.data import MetadataCatalog
 
 from .coco_format import register_coco_format
 
-REMEDY = "docs/datasets.md says where to get the maps and how the folder must look."
 UNLABELLED = 255
 # Categories 1 to 182, as https://github.com/nightrome/cocostuff/blob/master/labels.txt numbers them; 1 to 91 are things (of
 # which COCO dropped eleven), 92 to 182 stuff.
@@ -38,14 +37,19 @@ def register_coco_stuff(root: str | os.PathLike) -> None:
     """Register both sets below a data root, in place of those of an earlier root."""
     coco = MetadataCatalog.get("coco_2017_train")
     folder = os.path.join(root, "coco")
+    maps = os.path.join(folder, "stuffthingmaps")
     for split in ("train", "val"):
+        remedy = (
+            f"docs/datasets.md says where to get the maps; then: unzip stuffthingmaps_trainval2017.zip -d {maps}. "
+            f"The same images without maps are the data set coco_2017_{split}."
+        )
         register_coco_format(
             f"coco_2017_{split}_stuff",
             folder,
-            REMEDY,
+            remedy,
             json_file=os.path.join(folder, "annotations", f"instances_{split}2017.json"),
             image_root=os.path.join(folder, f"{split}2017"),
-            sem_seg_root=os.path.join(folder, "stuffthingmaps", f"{split}2017"),
+            sem_seg_root=os.path.join(maps, f"{split}2017"),
             thing_classes=coco.thing_classes,
             thing_colors=coco.thing_colors,
             thing_dataset_id_to_contiguous_id=coco.thing_dataset_id_to_contiguous_id,

@@ -96,7 +96,9 @@ def test_stuff_is_checked(stuff):
     with pytest.raises(DataError, match="000000000009.png"):
         InstanceMapper(load_config(""), True)(DatasetCatalog.get("coco_2017_val_stuff")[1])
     shutil.rmtree(stuff / "stuffthingmaps")
-    with pytest.raises(DataError, match=f"in {stuff} .*stuffthingmaps/val2017 is missing there.*docs/datasets.md"):
+    with pytest.raises(
+        DataError, match=f"in {stuff} .*stuffthingmaps/val2017 is missing there.*unzip .* -d {stuff}/stuffthingmaps"
+    ):
         DatasetCatalog.get("coco_2017_val_stuff")
 
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.modeling.roi_heads.mask_head import mask_rcnn_loss
-from detectron2.structures import Boxes, Instances, PolygonMasks
+from detectron2.structures import Boxes, Instances, PolygonMasks, pairwise_iou
 
 from dsg.cascade import CascadeMaskROIHeads, MatchedMasks, channel_of_class, mask_loss
+from dsg.mask_rpn import attach_masks
 from dsg.mpn import logits_and_features
 from projects import config_path, load_config
 from projects.errors import ConfigError
@@ -22,6 +23,27 @@ SEMANTIC = 6 * 65_792 + 4 * 590_080 + 257 * 183  # laterals and embedding; 3x3 c
 MPN, FUSION, FLOW = 2_622_977, 590_080, 65_792
 NAMES = ("cascade_mask_rcnn", "cascade_dsg", "htc", "htc_dsg")
 OFF = dict.fromkeys(("INTERLEAVED", "MASK_FLOW", "SEMANTIC", "FUSION_MASK", "SGRA_BOX", "FUSION_BOX"), False)
+
+
+@pytest.mark.parametrize("name", ["cascade_mask_rcnn", "cascade_dsg", "htc", "htc_dsg"])
+def test_settings_of_the_paper(name):
+    """Section 4.1, and mmdetection's where it is silent."""
+    cfg = load_config(config_path(f"dsg/{name}_R_50_FPN_20e.yaml"))
+    assert (cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.BASE_LR, cfg.SOLVER.MAX_ITER) == (16, 0.02, 20 * 7330)
+    assert list(cfg.SOLVER.STEPS) == [16 * 7330, 19 * 7330]
+    assert (cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST, cfg.MODEL.ROI_HEADS.NMS_THRESH_TEST) == (0.001, 0.5)
+    assert list(cfg.MODEL.ROI_BOX_CASCADE_HEAD.IOUS) == [0.5, 0.6, 0.7] and list(cfg.MODEL.DSG.STAGE_WEIGHTS) == [1, 0.5, 0.25]
+    assert cfg.MODEL.RPN.POST_NMS_TOPK_TRAIN == 2000 and cfg.MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO == 2
+    assert cfg.MODEL.ROI_BOX_HEAD.SMOOTH_L1_BETA == 1.0 and abs(cfg.MODEL.RPN.SMOOTH_L1_BETA - 1 / 9) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["htc", "htc_dsg"])
+def test_settings_of_the_large_rows(name):
+    cfg, small = (load_config(config_path(f"dsg/{name}_{size}_20e.yaml")) for size in ("X_101_64x4d_DCN_FPN", "R_50_FPN"))
+    assert (cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.BASE_LR, cfg.SOLVER.MAX_ITER) == (8, 0.01, 40 * 7330)
+    assert (cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING) == ((400, 1400), "range")
+    assert cfg.INPUT.MAX_SIZE_TRAIN == 1600
+    assert cfg.MODEL.DSG == small.MODEL.DSG and cfg.MODEL.ROI_HEADS == small.MODEL.ROI_HEADS
 
 
 def without_objects(batch):
@@ -166,6 +188,18 @@ def test_htc_takes_mask_losses_on_rois_of_the_next_box_head(cascade, labelled, i
         assert len(mask[stage]) and rows.any(dim=1).all()
 
 
+@pytest.mark.parametrize(("name", "interleaved"), [("cascade_mask_rcnn", False), ("htc", True)])
+def test_whose_boxes_a_mask_head_trains_on(cascade, labelled, inputs_of, storage, name, interleaved):
+    """The stage's own RoIs, and interleaved those that its box head predicts, which are the next box head's."""
+    model = cascade(name).train()
+    seen = [inputs_of(getattr(model.roi_heads, name)) for name in ("box_pooler", "mask_pooler")]
+    model(labelled)
+    box, mask = map(boxes_of, seen)
+    for stage in (0, 1):
+        same = [(mask[stage][:, None] == box[stage + later][None]).all(dim=2).any(dim=1) for later in (0, 1)]
+        assert len(mask[stage]) and same[interleaved].all() and not same[not interleaved].any()
+
+
 @pytest.mark.parametrize("name", ["cascade_mask_rcnn", "htc_dsg"])
 def test_an_empty_box_keeps_its_row_and_carries_no_loss(cascade, labelled, storage, name, monkeypatch):
     """The first box head moves all boxes of odd rows out of the image."""
@@ -218,8 +252,9 @@ def test_no_proposals_and_no_objects(cascade, labelled, storage, name, objects):
             assert len(output["instances"]) == 0 and output["instances"].pred_masks.shape == (0, 64, 96)
 
 
-def test_no_foreground_at_a_later_stage_only(cascade, inputs, storage, monkeypatch):
-    model, refine = cascade("cascade_dsg").train(), CascadeMaskROIHeads._refine
+@pytest.mark.parametrize("name", NAMES)
+def test_no_foreground_at_a_later_stage_only(cascade, labelled, storage, monkeypatch, name):
+    model, refine = cascade(name).train(), CascadeMaskROIHeads._refine
 
     def away(self, predictions, rois, stage):
         following = refine(self, predictions, rois, stage)
@@ -228,9 +263,10 @@ def test_no_foreground_at_a_later_stage_only(cascade, inputs, storage, monkeypat
         return following
 
     monkeypatch.setattr(CascadeMaskROIHeads, "_refine", away)
-    losses = model(inputs)
-    assert losses["loss_mpn"] > 0 and losses["loss_box_reg_stage0"] > 0
-    assert [losses[f"loss_mask_stage{t}"] for t in range(3)] == [0, 0, 0] and losses["loss_box_reg_stage1"] == 0
+    losses = model(labelled)
+    assert losses["loss_box_reg_stage0"] > 0 and losses["loss_box_reg_stage1"] == losses["loss_box_reg_stage2"] == 0
+    masks = [losses[f"loss_mask_stage{t}"] > 0 for t in range(3)]
+    assert masks == [not model.roi_heads.interleaved, False, False]
     sum(losses.values()).backward()
     assert not [key for key, p in model.named_parameters() if p.requires_grad and p.grad is None]
 
@@ -248,6 +284,32 @@ def test_labels_by_the_stage_and_masks_by_one_half(cascade, storage):
         heads._match(rois, [truth], stage)
         assert rois[0].gt_classes.tolist() == classes and rois[0].gt_mask_classes.tolist() == [3, 2, 2, 2]
         assert torch.equal(rois[0].gt_boxes.tensor, truth.gt_boxes.tensor.repeat(4, 1))
+
+
+@pytest.mark.parametrize("name", ["cascade_mask_rcnn", "cascade_dsg"])
+def test_every_stage_labels_by_its_own_threshold(cascade, inputs, storage, monkeypatch, name):
+    """Where boxes do not move, a stage has the foreground that its threshold leaves, and that is what is logged."""
+    model = cascade(name).train()
+    for predictor in model.roi_heads.box_predictor:
+        torch.nn.init.zeros_(predictor.bbox_pred.weight)
+    objects, generator = inputs[0]["instances"].gt_boxes, torch.Generator().manual_seed(0)
+    shifts = torch.rand(60, 4, generator=generator) * 24 - 12
+    jittered = [Boxes(objects.tensor.repeat(30, 1) + shifts), Boxes(torch.zeros(0, 4))]
+    jittered[0].clip((64, 96))
+    rois = [Instances((64, 96), proposal_boxes=boxes) for boxes in jittered]
+    if name == "cascade_dsg":
+        features = model.backbone(model.preprocess_image(inputs).tensor)
+        attach_masks(rois, *model.proposal_generator.mpn(features, jittered))
+    for of_image in rois:
+        of_image.gt_classes = torch.zeros(len(of_image), dtype=torch.int64)
+    monkeypatch.setattr(model.roi_heads, "label_and_sample_proposals", lambda proposals, targets: rois)
+    model.roi_heads(None, model.backbone(model.preprocess_image(inputs).tensor), rois, [x["instances"] for x in inputs])
+    best = pairwise_iou(objects, jittered[0]).amax(dim=0)
+    counts = [int((best >= threshold).sum()) for threshold in (0.5, 0.6, 0.7)]
+    assert counts[0] > counts[1] > counts[2] > 0
+    logged = storage.histories()
+    for stage, count in enumerate(counts):
+        assert [v for v, _ in logged[f"stage{stage}/roi_head/num_fg_samples"].values()] == [count / 2]
 
 
 def test_masks_follow_the_matching(cascade, inputs, storage):
@@ -364,18 +426,24 @@ def test_equation_3(cascade, inputs, inputs_of, storage, mode, agnostic):
 
 
 def test_detections_fuse_the_features_of_their_own_proposals(cascade, inputs, inputs_of):
-    """The first mask head fuses F_^0 of the source proposal, the others what the head before made of the same box."""
+    """The first mask head fuses F_^0 of the source proposal, the others what the head before made of the same box.
+
+    Without box regression a detection lies on its proposal, which says where it came from."""
     model = cascade("cascade_dsg", SGRA_BOX=False, FUSION_BOX=False)
+    for predictor in model.roi_heads.box_predictor:
+        torch.nn.init.zeros_(predictor.bbox_pred.weight)
     first, second = (inputs_of(model.roi_heads.mask_fusions[t]) for t in (0, 1))
     own = []
     model.roi_heads.mask_head[0].mask_fcn2.register_forward_hook(lambda _, arguments, output: own.append(output))
     found = []
     model.proposal_generator.register_forward_hook(lambda _, arguments, output: found.extend(output[0]))
     with torch.no_grad():
-        model(inputs)
-    of_proposals = torch.cat([p.proposal_mask_features for p in found])
-    rows = [torch.nonzero((of_proposals == maps).all(dim=(1, 2, 3))) for maps in first[-1][1]]
-    assert len(rows) == 18 and all(len(row) == 1 for row in rows)
+        detections = model.inference(inputs, do_postprocess=False)
+    for of_image, proposals, maps in zip(detections, found, first[-1][1].split(9), strict=True):
+        apart = (of_image.pred_boxes.tensor[:, None] - proposals.proposal_boxes.tensor).abs().amax(dim=2)
+        nearest = apart.min(dim=1)
+        assert (nearest.values < 1e-3).all() and nearest.indices.tolist() != list(range(9))
+        assert torch.equal(maps, proposals.proposal_mask_features[nearest.indices])
     assert torch.equal(second[-1][1], own[-1])
 
 
@@ -487,6 +555,7 @@ def test_detections_take_no_more_than_they_need(cascade, inputs):
         ("htc", ["MODEL.SEM_SEG_HEAD.COMMON_STRIDE", 7], "COMMON_STRIDE is 7"),
         ("htc", ["MODEL.META_ARCHITECTURE", "GeneralizedRCNN"], "META_ARCHITECTURE 'DSGRCNN', found 'GeneralizedRCNN'"),
         ("htc_dsg", ["MODEL.ROI_HEADS.NAME", "DSGROIHeads"], "INTERLEAVED is of cascades"),
+        ("htc", ["MODEL.ROI_HEADS.NAME", "CascadeROIHeads"], "SEMANTIC True needs .*, which use the branch; found 'Cascade"),
     ],
 )
 def test_settings_that_contradict_each_other(cascade, name, opts, message):
