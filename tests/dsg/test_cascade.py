@@ -336,6 +336,23 @@ def test_mask_loss_is_detectron2s(inputs, storage):
     assert mask_loss(logits, [rois], [objects]) == mask_rcnn_loss(logits, [of_detectron2])
 
 
+def test_mask_loss_is_taken_on_the_foreground_of_all_rois(cascade, inputs, storage, monkeypatch):
+    """Cascade DSG runs its mask heads on all RoIs: the loss is the one of a run on the foreground alone, wherever it stands."""
+    model, compared = cascade("cascade_dsg").train(), []
+    of_all, of_foreground = type(model.roi_heads)._mask_loss, CascadeMaskROIHeads._mask_loss
+
+    def both(self, features, rois, targets, stage):
+        backwards = [of_image[list(range(len(of_image)))[::-1]] for of_image in rois]
+        compared.append([loss(self, features, backwards, targets, stage) for loss in (of_foreground, of_all)])
+        return of_all(self, features, rois, targets, stage)
+
+    monkeypatch.setattr(type(model.roi_heads), "_mask_loss", both)
+    model(inputs)
+    for expected, found in compared:
+        assert expected > 0
+        torch.testing.assert_close(found, expected)
+
+
 def test_masks_of_many_rois_are_cropped_in_chunks(inputs):
     objects = inputs[0]["instances"]
     matches = torch.arange(150) % 2
