@@ -25,8 +25,14 @@ def attribute_pictures(image: np.ndarray, output: dict) -> list[np.ndarray]:
         output: of CASNet, for this image.
     """
     maps = distance_maps(image.shape[:2], output["common_attributes"])
+    attributes = output["common_attributes"]
+    (height, width), (rows, columns) = image.shape[:2], attributes["grid_size"]
+    greatest = attributes["distances"].flatten(1).amax(dim=1).tolist()  # in cells
+    pixels = [cells * side for cells, side in zip(greatest, (width / columns, height / rows) * 2, strict=True)]
     drawn = [*maps, centre_picture(image, output), seed_picture(image, output)]
-    titles = [*(f"distance to the {side}" for side in SIDES), "predicted centres", "seeds and their boxes"]
+    titles = [f"distance to the {side}, up to {farthest:.0f} pixels" for side, farthest in zip(SIDES, pixels, strict=True)]
+    titles += ["predicted centres" if len(output["instances"]) else "predicted centres: no instances"]
+    titles += ["seeds and their boxes" if len(output["common_attributes"]["seeds"].cells) else "seeds and their boxes: none"]
     return [titled(picture, title) for picture, title in zip(drawn, titles, strict=True)]
 
 

@@ -138,6 +138,10 @@ def test_two_files_of_results(run, results, tmp_path, capsys):
     assert (panels[0] == bare).all() and (panels[3] == bare).all()  # B found nothing
     assert not (panels[1] == bare).all() and not (panels[2] == bare).all()
 
+    write(tmp_path / "low.json", [{**r, "score": 0.2} for r in results])
+    run("--a", tmp_path / "low.json", "--b", tmp_path / "low.json")
+    assert "Neither model has an object that scores 0.5 or more" in capsys.readouterr().out
+
 
 def panels_of(path: Path) -> list[np.ndarray]:
     """Image, ground truth, A and B of a picture, without their titles."""

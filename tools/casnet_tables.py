@@ -64,14 +64,15 @@ def table_4(runs: Results) -> str:
 
 def main(args: argparse.Namespace) -> int:
     runs = read_results(args.runs)
-    tables = {"segm": ("III", table_3), "panoptic_seg": ("IV", table_4)}
+    third = "AP of the row of Table IV" if "panoptic_seg" in runs[0] else "Table III"
+    tables = {"segm": (third, table_3), "panoptic_seg": ("Table IV", table_4)}
     if not tables.keys() & runs[0].keys():
         raise DataError(
             f"'{args.runs[0]}' has {', '.join(runs[0]) or 'nothing'}: expected an evaluation with {' or '.join(tables)}."
         )
-    for task, (number, table) in tables.items():
+    for task, (title, table) in tables.items():
         if task in runs[0]:
-            print(f"Table {number}\n\n{table(runs)}\n")
+            print(f"{title}\n\n{table(runs)}\n")
     return 0
 
 

@@ -94,6 +94,10 @@ def main(args: argparse.Namespace) -> int:
         cv2.imwrite(str(args.output / f"{place:03}_{Path(record['file_name']).stem}.png"), picture[:, :, ::-1])
     write_json_atomically(rows, args.output / "differences.json")
     print(tabulate(rows[: len(shown)], headers="keys", tablefmt="pipe", floatfmt=".3f"))
+    if not any(row[f"objects of {name}"] for row in rows for name in args.names):
+        print(
+            f"Neither model has an object that scores {args.score_threshold} or more: a lower --score-threshold may show some."
+        )
     print(f"{len(shown)} pictures of {len(rows)} images of {name} in {args.output.resolve()}")
     return 0
 

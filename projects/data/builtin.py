@@ -44,6 +44,8 @@ def register_shapes(root: str | os.PathLike) -> None:
     """Register the shapes data sets of both formats below a data root, in place of those of an earlier root."""
     shapes, folder = os.path.join(root, "shapes"), os.path.join(root, "shapes", "coco")
     remedy = f"Generate it with: {PREPARE_COMMAND} --root {root}"
+    if os.path.isdir(shapes):
+        remedy += " --force, which replaces what is there"
     for split in SPLITS:
         instances = {
             "json_file": os.path.join(folder, "annotations", f"instances_{split}.json"),

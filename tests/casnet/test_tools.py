@@ -30,6 +30,7 @@ def test_tables(tmp_path, capsys):
     tables = tool("casnet_tables")
     assert tables.main(SimpleNamespace(runs=[str(tmp_path / "a"), str(tmp_path / "b/results.json")])) == 0
     lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if "Table" in line] == ["AP of the row of Table IV", "Table IV"]
     rows = [[word.strip() for word in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
     assert ["car", "42.5 (3.0)", "70.0 (0.0)"] in rows and ["average", "41.5 (3.0)", "60.0 (0.0)"] in rows
     assert ["SQ", *["42.5 (3.0)"] * 3] in rows

@@ -431,6 +431,9 @@ def test_missing_folder_names_the_folder_and_the_command(registered, tmp_path):
     shutil.copytree(registered / "shapes/coco", tmp_path / "shapes/coco")
     shutil.rmtree(tmp_path / "shapes/coco/panoptic_val")
     assert len(DatasetCatalog.get("shapes_val_stuff")) == 12
+    builtin.register_shapes(tmp_path)
+    with pytest.raises(DataError, match=rf"python tools/prepare_shapes.py --root {tmp_path} --force, which replaces"):
+        DatasetCatalog.get("shapes_val_panoptic")
     with pytest.raises(DataError, match="coco/panoptic_val is missing"):
         DatasetCatalog.get("shapes_val_panoptic")
 

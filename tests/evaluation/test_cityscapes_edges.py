@@ -87,7 +87,7 @@ def test_two_detections_on_one_object(few, run_evaluator):
     assert metrics[f"AP-{name}"] == pytest.approx(100 * (1 + n / (n + 1)) / 2)
 
 
-def test_no_detections_and_no_ground_truth(few, run_evaluator):
+def test_no_detections_and_no_ground_truth(few, run_evaluator, caplog):
     records, outputs = few
     for output in outputs:
         output["instances"] = output["instances"][:0]
@@ -96,6 +96,7 @@ def test_no_detections_and_no_ground_truth(few, run_evaluator):
     metrics = run_evaluator(evaluator, records, outputs)["segm"]
     present = {int(i) // 1000 for r in records for i in np.unique(Image.open(r["instance_ids_file_name"])) if i >= 1000}
     assert (metrics["AP"], metrics["AP50"]) == (0, 0)
+    assert "AP50 is 0.0: no instance of the benchmark's classes has a match of IoU 0.5. The model found 0 of" in caplog.text
     classes = MetadataCatalog.get(NAME).thing_dataset_id_to_contiguous_id
     for label_id, k in classes.items():
         ap = metrics[f"AP-{MetadataCatalog.get(NAME).thing_classes[k]}"]
