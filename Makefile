@@ -73,6 +73,7 @@ $(STAMP): requirements.txt setup.py pyproject.toml tools/install_detectron2.py $
 	$(PY) -m pip install --quiet -r requirements.txt
 	$(PY) tools/install_detectron2.py
 	rm -f projects/layers/_C*.so
+	@$(if $(WITHOUT_EXTENSION),,echo 'Compiling the operators: a minute or two, more on a busy machine (make setup NO_EXT=1 goes without).')
 	$(PY) -m pip install --quiet --no-build-isolation --no-deps --editable .
 	@$(PY) -m pip check || echo 'note: harmless where a Detectron2 of your own asks for packages that only its tools need.'
 	@echo '$(SWITCHES)' > $@
