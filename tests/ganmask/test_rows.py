@@ -58,7 +58,8 @@ def test_settings_of_section_4(data, depth, images, rate, drops, iterations, siz
         assert (solver.OPTIMIZER, solver.MOMENTUM, solver.WEIGHT_DECAY) == ("SGD", 0.9, 0.0001)
         assert solver.WEIGHT_DECAY_NORM == solver.WEIGHT_DECAY and solver.GAMMA == 0.1
         assert (classes, warm_up, best) == (cfg.MODEL.ROI_HEADS.NUM_CLASSES, solver.WARMUP_ITERS, cfg.TEST.BEST_METRIC)
-        assert {name.split("_")[0] for name in cfg.DATASETS.TRAIN + cfg.DATASETS.TEST} == {data.split("_")[0].removesuffix("10")}
+        data_sets = {name.split("_")[0] for name in cfg.DATASETS.TRAIN + cfg.DATASETS.TEST}
+        assert data_sets == {data.split("_")[0].removesuffix("10")}
         assert (ganmask.BOX_WEIGHT, ganmask.MASK_WEIGHT, ganmask.FEATURE_SCALES) == (0.025, 0.5, [1, 1, 2, 2, 2, 4])
         assert (ganmask.DISCRIMINATOR_LR_FACTOR, ganmask.DISCRIMINATOR_LAYERS) == (0.2, 5)
 
