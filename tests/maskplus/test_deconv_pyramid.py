@@ -1,9 +1,10 @@
 """Deconvolutional pyramid: by hand, against an independent computation, and its cost."""
 
+import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from maskplus.deconv_pyramid import DeconvPyramid
+from maskplus.deconv_pyramid import CHUNK, DeconvPyramid
 
 
 def test_by_hand():
@@ -54,6 +55,15 @@ def test_equals_an_independent_computation(arithmetic, filled):
     expected = relu(conv, "conv2", c1) + x
     assert (d1 == 0).any() and (d2 == 0).any() and (d1 > 0).any()
     torch.testing.assert_close(module(x), expected)
+
+
+@pytest.mark.parametrize("rois", [0, 1, CHUNK, 2 * CHUNK + 3])
+def test_chunks_of_inference_change_nothing(filled, rois):
+    module, x = filled(DeconvPyramid(3)).float(), torch.rand(rois, 3, 14, 14)
+    with torch.no_grad():
+        found = module(x)
+    assert found.shape == x.shape
+    torch.testing.assert_close(found, module(x).detach())
 
 
 def test_relu_comes_before_the_addition(arithmetic):
