@@ -99,8 +99,10 @@ def build_hrnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> HRNet:
     """HRNet with the weights of MODEL.CASNET.HRNET_WEIGHTS, unless MODEL.WEIGHTS or a run that goes on replace them anyway."""
     backbone = HRNet(cfg)
     source = cfg.MODEL.CASNET.HRNET_WEIGHTS
-    replaced = cfg.MODEL.WEIGHTS or (Path(cfg.OUTPUT_DIR) / "last_checkpoint").is_file()
-    if source and not replaced:
+    goes_on = (Path(cfg.OUTPUT_DIR) / "last_checkpoint").is_file()
+    if source and goes_on and not cfg.MODEL.WEIGHTS:
+        logger.warning("HRNET_WEIGHTS '%s' are not read: the run in %s goes on with its own.", source, cfg.OUTPUT_DIR)
+    elif source and not cfg.MODEL.WEIGHTS:
         state = timm_weights(cfg) if source == "timm" else official_weights(source)
         if "last_layer.0.weight" in state and cfg.MODEL.CASNET.HRNET_UPSAMPLE != "bilinear":
             logger.warning(

@@ -24,26 +24,36 @@ def attribute_pictures(image: np.ndarray, output: dict) -> list[np.ndarray]:
         image: (H, W, 3) RGB uint8.
         output: of CASNet, for this image.
     """
-    maps = distance_maps(image.shape[:2], output["common_attributes"])
-    attributes = output["common_attributes"]
-    (height, width), (rows, columns) = image.shape[:2], attributes["grid_size"]
-    greatest = attributes["distances"].flatten(1).amax(dim=1).tolist()  # in cells
-    pixels = [cells * side for cells, side in zip(greatest, (width / columns, height / rows) * 2, strict=True)]
-    drawn = [*maps, centre_picture(image, output), seed_picture(image, output)]
-    titles = [f"distance to the {side}, up to {farthest:.0f} pixels" for side, farthest in zip(SIDES, pixels, strict=True)]
+    size, attributes = image.shape[:2], output["common_attributes"]
+    drawn = [*distance_maps(size, attributes), centre_picture(image, output), seed_picture(image, output)]
+    titles = [
+        f"distance to the {side}, up to {pixels:.0f} pixels"
+        for side, pixels in zip(SIDES, farthest(size, attributes), strict=True)
+    ]
     titles += ["predicted centres" if len(output["instances"]) else "predicted centres: no instances"]
-    titles += ["seeds and their boxes" if len(output["common_attributes"]["seeds"].cells) else "seeds and their boxes: none"]
+    titles += ["seeds and their boxes" if len(attributes["seeds"].cells) else "seeds and their boxes: none"]
     return [titled(picture, title) for picture, title in zip(drawn, titles, strict=True)]
 
 
 def distance_maps(size: tuple[int, int], attributes: dict) -> list[np.ndarray]:
     """Figure 3 (b), (c), (f), (e): l, t, r, b as gray pictures (S*H, S*W, 3); S as in :class:`projects.canvas.Canvas`."""
-    distances = attributes["distances"].cpu()
-    cells = cell_of_pixels(size, attributes["grid_size"], distances.shape[1:])
-    of_pixels = distances.flatten(1)[:, cells]
+    of_pixels = distances_of_pixels(size, attributes)
     greatest = of_pixels.amax().clamp(min=torch.finfo(of_pixels.dtype).tiny)
     gray = (of_pixels / greatest * 255).round().to(torch.uint8)
     return [Canvas(np.repeat(side.numpy()[:, :, None], 3, axis=2)).pixels for side in gray]
+
+
+def distances_of_pixels(size: tuple[int, int], attributes: dict) -> Tensor:
+    """(4, H, W): l, t, r, b, in cells, of the cell that each pixel of the image lies in."""
+    distances = attributes["distances"].cpu()
+    return distances.flatten(1)[:, cell_of_pixels(size, attributes["grid_size"], distances.shape[1:])]
+
+
+def farthest(size: tuple[int, int], attributes: dict) -> list[float]:
+    """The greatest l, t, r, b in the image, in its pixels."""
+    (left, top, right, bottom) = distances_of_pixels(size, attributes).flatten(1).amax(dim=1)
+    x, y = scaled((torch.stack([left, right]), torch.stack([top, bottom])), size, attributes["grid_size"])
+    return [x[0].item(), y[0].item(), x[1].item(), y[1].item()]
 
 
 def centre_picture(image: np.ndarray, output: dict) -> np.ndarray:

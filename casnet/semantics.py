@@ -48,7 +48,7 @@ def build_semantic_network(cfg: CfgNode) -> SemanticNetwork:
             f"MODEL.CASNET.SEMANTIC_WEIGHTS, found no file '{path}'. Train that network with the *semantic_hrnet* config in "
             "configs/casnet/ for the same data set, and set the key to its model_final.pth; or choose the mode 'joint'."
         )
-    cfg = settings(cfg)
+    cfg = config_of_second_network(cfg)
     try:
         weights = official_weights(path)
         official = "conv1.weight" in weights
@@ -66,8 +66,8 @@ def build_semantic_network(cfg: CfgNode) -> SemanticNetwork:
     return SemanticNetwork(network)
 
 
-def settings(cfg: CfgNode) -> CfgNode:
-    """The second network's, without weights."""
+def config_of_second_network(cfg: CfgNode) -> CfgNode:
+    """MODEL.CASNET.SEMANTIC_CONFIG or ``cfg`` itself, without weights. Raises ConfigError: no such file, or other classes."""
     path = cfg.MODEL.CASNET.SEMANTIC_CONFIG
     own = load_config(path, ["MODEL.DEVICE", cfg.MODEL.DEVICE]) if path else cfg.clone()
     own.defrost()

@@ -27,7 +27,9 @@ from casnet.postprocess import CommonAttributeSupport, boxes_of_masks, cell_of_p
 from casnet.targets import grid_targets
 from projects import config_path, load_config
 from projects.memory import added_peak
+from projects.timing import seconds_in_turns
 
+NETWORK, POST_PROCESSING = "the W48 network (backbone and heads)", "post-processing"  # rows of the table
 SIZE, STRIDE, INSTANCES, THING_LABELS = (1024, 2048), 4, 60, list(range(11, 19))
 
 
@@ -109,29 +111,13 @@ def network(model: torch.nn.Module, image: Tensor) -> Callable:
     return run
 
 
-@torch.no_grad()
-def seconds_in_turns(functions: dict[str, Callable], device: str, repeats: int) -> dict[str, list[float]]:
-    """Seconds of each function's calls. The functions take turns, so that what slows the machine down slows all of them."""
-    times = {name: [] for name in functions}
-    for turn in range(repeats + 1):
-        for name, function in functions.items():
-            if device == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            function()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            if turn:  # the first one warms up
-                times[name].append(time.perf_counter() - start)
-    return times
-
-
 def spread(values: list[float], digits: int = 0) -> str:
     """The median, and the smallest and the largest."""
     median, *ends = (f"{value:.{digits}f}" for value in (statistics.median(values), min(values), max(values)))
     return f"{median} ({' to '.join(ends)})"
 
 
+@torch.no_grad()
 def report(device: str, repeats: int, loop_pixels: int) -> list[str]:
     scene, support = street(device), CommonAttributeSupport(max_seeds=200)
     owner, instances, seeds = post_process(scene, support)  # what a first call loads does not count below
@@ -144,14 +130,16 @@ def report(device: str, repeats: int, loop_pixels: int) -> list[str]:
     image = torch.randint(0, 256, (3, *SIZE), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     inputs = [{"image": image, "height": SIZE[0], "width": SIZE[1]}]
     batch = torch.randn(1, 3, *SIZE, generator=torch.Generator().manual_seed(0)).to(device)
-    models = {task: model_of(f"{task}_joint", device) for task in ("instance", "panoptic")}
-    networks = {task: network(model, batch) for task, model in models.items()}
-    wholes = {task: lambda model=model: model(inputs) for task, model in models.items()}
-    posts = {task: lambda task=task: post_process(scene, support, task == "panoptic") for task in models}
-    network_times, whole_times, post_times = (seconds_in_turns(each, device, repeats) for each in (networks, wholes, posts))
+    models = [model_of(f"{task}_joint", device) for task in ("instance", "panoptic")]
+    pairs = {
+        NETWORK: [network(model, batch) for model in models],
+        POST_PROCESSING: [lambda panoptic=panoptic: post_process(scene, support, panoptic) for panoptic in (False, True)],
+        "the whole model, random weights, no seeds": [lambda model=model: model(inputs) for model in models],
+    }
+    times = {name: seconds_in_turns(pair, device, repeats) for name, pair in pairs.items()}
 
     pixels = int((owner >= 0).sum())
-    share = 100 * statistics.median(post_times["panoptic"]) / statistics.median(network_times["panoptic"])
+    share = 100 * statistics.median(times[POST_PROCESSING][1]) / statistics.median(times[NETWORK][1])
     return [
         *lines,
         "",
@@ -159,13 +147,9 @@ def report(device: str, repeats: int, loop_pixels: int) -> list[str]:
         "| instance, ms | panoptic, ms | overhead, % |",
         "|---|---|---|---|",
         *(
-            f"| {name} | {spread([1e3 * s for s in times['instance']])} | {spread([1e3 * s for s in times['panoptic']])} "
-            f"| {spread([100 * (b / a - 1) for a, b in zip(times['instance'], times['panoptic'], strict=True)], 1)} |"
-            for name, times in (
-                ("the W48 network (backbone and heads)", network_times),
-                ("post-processing", post_times),
-                ("the whole model, random weights, no seeds", whole_times),
-            )
+            f"| {name} | {spread([1e3 * s for s in instance])} | {spread([1e3 * s for s in panoptic])} "
+            f"| {spread([100 * (b / a - 1) for a, b in zip(instance, panoptic, strict=True)], 1)} |"
+            for name, (instance, panoptic) in times.items()
         ),
         "",
         f"The panoptic post-processing takes {share:.1f} % of its network's time. The votes alone take {loop:.1f} s in a loop "

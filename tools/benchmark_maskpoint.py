@@ -11,7 +11,6 @@ detection). Numbers are medians and ranges. What the network costs: tools/analyz
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -24,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from maskpoint.contour import SAMPLINGS, ContourSampler
 from maskpoint.keypoint_branch import DECODERS, decode
+from projects.timing import seconds_in_turns
 
 SIZE = 1024, 2048  # height, width
 RADII = {"10 x 20": 10, "100 x 200": 100, "240 x 480": 240, "480 x 960": 480}  # of the wavy shapes that are sampled
@@ -39,12 +39,7 @@ def wavy_shape(radius: float) -> np.ndarray:
 
 def timed(call: Callable[[], object], repeats: int) -> str:
     """Median, smallest and largest of the times of a call in milliseconds, after one that is not counted."""
-    times = []
-    for turn in range(repeats + 1):
-        start = time.perf_counter()
-        call()
-        if turn:
-            times.append(1e3 * (time.perf_counter() - start))
+    times = [1e3 * seconds for seconds in seconds_in_turns([call], "cpu", repeats)[0]]
     return f"{statistics.median(times):.2f} ({min(times):.2f} to {max(times):.2f})"
 
 

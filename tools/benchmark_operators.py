@@ -23,6 +23,7 @@ from torchvision.ops import roi_align
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from projects.layers import extension, prroi_pool, sg_roi_align
+from projects.timing import seconds_in_turns
 
 SHAPE, SCALE, BOXES = (1, 256, 200, 304), 1 / 4, 512
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -55,18 +56,7 @@ def forward_and_backward(function: Callable, *inputs: torch.Tensor) -> Callable:
 
 def median_times(functions: list[Callable], device: str, repeats: int) -> list[float]:
     """Median milliseconds of each function; they take turns, so that both see the same machine."""
-    times = [[] for _ in functions]
-    for round_number in range(repeats + 1):
-        for function, found in zip(functions, times, strict=True):
-            if device == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            function()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            if round_number > 0:  # the first is a warm-up
-                found.append((time.perf_counter() - start) * 1e3)
-    return [statistics.median(found) for found in times]
+    return [1e3 * statistics.median(found) for found in seconds_in_turns(functions, device, repeats)]
 
 
 # ---- The operators

@@ -76,10 +76,8 @@ class CityscapesInstanceEvaluator(CityscapesEvaluator):
         metrics = {"AP": averages["allAp"], "AP50": averages["allAp50%"]}
         if not metrics["AP50"] > 0:
             found = sum(len(objects) for match in matches.values() for objects in match["prediction"].values())
-            logger.warning(
-                "%s: AP50 is %.1f: no instance of the benchmark's classes has a match of IoU 0.5. The model found %d of these "
-                "classes.", self.dataset_name, 100 * metrics["AP50"], found,
-            )  # fmt: skip
+            why = "no instance of the benchmark's classes has a match of IoU 0.5. The model found %d of these classes."
+            logger.warning(f"%s: AP50 is %.1f: {why}", self.dataset_name, 100 * metrics["AP50"], found)
         for name, key in (("AP", "ap"), ("AP50", "ap50%")):
             metrics |= {f"{name}-{label}": values[key] for label, values in averages["classes"].items()}
         return {self.task: {name: 100 * float(value) for name, value in metrics.items()}}

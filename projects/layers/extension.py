@@ -15,7 +15,7 @@ from torch import Tensor
 from .checks import is_channels_last
 
 logger = logging.getLogger(__name__)
-BUILD_COMMAND = "make setup"
+BUILD_COMMAND = "python setup.py build_ext --inplace"
 ONCE = "the gradient of this operator's gradient is not implemented: it cannot be differentiated twice"
 
 

@@ -129,7 +129,7 @@ def test_unfit_files_are_refused(narrow, official, tmp_path):
         build_backbone(cfg)
 
 
-def test_timm_is_asked_for_weights_only_where_none_are_given(narrow, monkeypatch, tmp_path):
+def test_timm_is_asked_for_weights_only_where_none_are_given(narrow, monkeypatch, tmp_path, caplog):
     asked = []
 
     def create_model(name, **arguments):
@@ -141,7 +141,7 @@ def test_timm_is_asked_for_weights_only_where_none_are_given(narrow, monkeypatch
     build_backbone(narrow("panoptic_joint", *opts, "MODEL.WEIGHTS", "model_final.pth"))
     (tmp_path / "last_checkpoint").write_text("model_0000100.pth")  # of a run that goes on
     build_backbone(narrow("panoptic_joint", *opts, "OUTPUT_DIR", str(tmp_path)))
-    assert asked == []
+    assert asked == [] and f"the run in {tmp_path} goes on with its own" in caplog.text
     build_backbone(narrow("panoptic_joint", *opts))
     assert asked == [("hrnet_w18", {"pretrained": True, "features_only": True, "feature_location": ""})]
 

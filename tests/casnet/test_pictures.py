@@ -9,7 +9,7 @@ from detectron2.modeling import build_model
 from PIL import Image
 
 import demo
-from casnet.pictures import attribute_pictures, distance_maps, scaled
+from casnet.pictures import attribute_pictures, distance_maps, farthest, scaled
 from casnet.postprocess import CommonAttributeSupport
 from projects.canvas import Canvas, distinct_colors
 from projects.errors import ConfigError
@@ -58,6 +58,13 @@ def test_six_pictures(output):
     left, top, right, bottom = output["common_attributes"]["distances"][:, 0, 0]  # of a cell of the first instance
     y, x = (int((0.5 + float(far - near) / 2) * 2 * scale) for near, far in ((top, bottom), (left, right)))
     assert tuple(centres[y, x]) == tuple(distinct_colors()[0])
+
+
+def test_greatest_distances_are_those_in_the_image(output):
+    """In pixels: a cell has two across and three down. The padding, here the last row and column, does not count."""
+    attributes = {**output["common_attributes"], "grid_size": (3, 5)}
+    expected = attributes["distances"][:, :3, :5].flatten(1).amax(dim=1) * torch.tensor([2, 3, 2, 3])
+    assert farthest((9, 10), attributes) == pytest.approx(expected.tolist())
 
 
 def test_distances_of_nothing_are_black():

@@ -10,6 +10,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from PIL import Image
 
+from ganmask.discriminators import Judgement
 from ganmask.losses import box_generator_loss, mask_distance
 from ganmask.trainer import AdversarialTrainer
 from projects.engine.divergence import DivergedError
@@ -233,6 +234,18 @@ def test_the_detector_is_a_plain_mask_rcnn(gan_cfg, tmp_path):
         ours, theirs = (model([image])[0]["instances"].get_fields() for model in models[::-1])
     assert len(ours["scores"]) > 0 and torch.equal(ours["pred_boxes"].tensor, theirs["pred_boxes"].tensor)
     assert torch.equal(ours["scores"], theirs["scores"]) and torch.equal(ours["pred_masks"], theirs["pred_masks"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_accuracies_by_hand(gan_cfg, dtype):
+    """301 samples, which bfloat16 cannot count: 297 real boxes pass for real, 60 fake ones for fake."""
+    trainer = AdversarialTrainer(gan_cfg())
+    real, fake = torch.ones(301, dtype=dtype), torch.ones(301, dtype=dtype)
+    real[:4], fake[:60] = -1, -1
+    with EventStorage(0) as trainer.storage:
+        trainer.log(Judgement(real, fake, [], []), {})
+        logged = {name: value for name, (value, _) in trainer.storage.latest().items()}
+    assert logged == {"accuracy_box_real": pytest.approx(297 / 301), "accuracy_box_fake": pytest.approx(60 / 301)}
 
 
 def test_a_collapse_can_be_seen(gan_cfg, tmp_path):

@@ -204,7 +204,7 @@ print(len(ours), ours[0].message, ours[0].filename)
     lines = result.stdout.splitlines()
     assert lines[:2] == ["[6.0, 7.0, 11.0, 12.0] 12.0"] * 2
     assert lines[2].startswith("1 projects.layers runs its PyTorch implementation on cpu")
-    assert "`make setup`" in lines[2] and lines[2].endswith("<string>")
+    assert "`python setup.py build_ext --inplace`" in lines[2] and lines[2].endswith("<string>")
 
 
 def test_the_benchmark_hides_no_errors(monkeypatch):
