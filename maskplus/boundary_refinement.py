@@ -74,6 +74,7 @@ def dense_module(in_channels: int) -> nn.Sequential:
 
 
 def zero(conv: Conv2d) -> None:
+    """Let a convolution give 0 at the start."""
     nn.init.zeros_(conv.weight)
     nn.init.zeros_(conv.bias)
 

@@ -19,8 +19,8 @@ from projects.errors import ConfigError
 class ContextualFusion(nn.Module):
     """RoIAlign of one box that covers the image, 3x3 convolutions with ReLU, and addition to the RoI features.
 
-    The map of an image ends where the image ends: cells of a padded batch that lie beyond it are never read, so that
-    its context does not depend on the sizes of the other images of the batch.
+    The map of an image ends where the image ends: cells of a padded batch that lie beyond it are never read. (Those inside
+    know of the padding what the backbone's convolutions have brought in, as all of Detectron2's features do.)
     """
 
     @configurable
@@ -46,11 +46,14 @@ class ContextualFusion(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
-        """Raises ConfigError when the level does not exist or the sum would be of different numbers of channels."""
+        """Raises ConfigError when the level does not exist, a number of filters is none, or the sum would be of different
+        numbers of channels."""
         maskplus, mask_head = cfg.MODEL.MASKPLUS, cfg.MODEL.ROI_MASK_HEAD
         level, conv_dims = maskplus.CONTEXT_LEVEL, list(maskplus.CONV_DIMS)
         if level not in input_shape:
             raise ConfigError(f"MODEL.MASKPLUS.CONTEXT_LEVEL is '{level}': expected one of {', '.join(input_shape)}.")
+        if not all(isinstance(filters, int) and filters > 0 for filters in conv_dims):
+            raise ConfigError(f"MODEL.MASKPLUS.CONV_DIMS is {conv_dims}: expected whole numbers of filters, at least 1 each.")
         roi_channels = input_shape[cfg.MODEL.ROI_HEADS.IN_FEATURES[0]].channels
         if not conv_dims or conv_dims[-1] != roi_channels:
             raise ConfigError(

@@ -29,7 +29,7 @@ class DeconvPyramid(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(R, C, P, P) -> (R, C, P, P). At inference on a CPU in chunks and channels last, which is faster."""
-        if torch.is_grad_enabled() or x.device.type != "cpu":
+        if torch.is_grad_enabled() or x.device.type != "cpu" or torch.jit.is_tracing():  # a trace would fix their number
             return self._up_and_down(x)
         chunks = (part.contiguous(memory_format=torch.channels_last) for part in x.split(CHUNK))
         return torch.cat([self._up_and_down(chunk) for chunk in chunks])

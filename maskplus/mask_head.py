@@ -10,6 +10,8 @@ from detectron2.structures import Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
+from projects.errors import ConfigError
+
 from .biased_training import BiasedTraining
 from .boundary_refinement import build_boundary_refinement
 from .deconv_pyramid import DeconvPyramid
@@ -49,11 +51,18 @@ class MaskPlusHead(ScaledMaskHead):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict:
+        """Raises ConfigError for contextual fusion with RoI heads that have none."""
+        maskplus, mask_head, roi_heads = cfg.MODEL.MASKPLUS, cfg.MODEL.ROI_MASK_HEAD, cfg.MODEL.ROI_HEADS.NAME
+        if maskplus.CONTEXT and roi_heads not in ("MaskPlusROIHeads", "MaskPlusCascadeROIHeads"):
+            raise ConfigError(
+                f"MODEL.MASKPLUS.CONTEXT is True, and MODEL.ROI_HEADS.NAME '{roi_heads}' has no contextual fusion: set "
+                "'MaskPlusROIHeads' or 'MaskPlusCascadeROIHeads'."
+            )
         arguments = super().from_config(cfg, input_shape)
-        maskplus = cfg.MODEL.MASKPLUS
+        channels = mask_head.CONV_DIM if mask_head.NUM_CONV else input_shape.channels
         return arguments | {
             "scale": maskplus.MASK_SCALE,
-            "deconv_pyramid": DeconvPyramid(cfg.MODEL.ROI_MASK_HEAD.CONV_DIM) if maskplus.DECONV_PYRAMID else None,
+            "deconv_pyramid": DeconvPyramid(channels) if maskplus.DECONV_PYRAMID else None,
             "boundary_refinement": build_boundary_refinement(maskplus.BOUNDARY, arguments["num_classes"]),
             "quasi_multitask": QuasiMultitask(cfg, input_shape) if maskplus.QUASI_SCALES else None,
             "biased_training": BiasedTraining.from_config(cfg) if maskplus.BIASED else None,

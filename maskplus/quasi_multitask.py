@@ -27,6 +27,7 @@ class ScaledMaskHead(MaskRCNNConvUpsampleHead):
 
     @configurable
     def __init__(self, input_shape: ShapeSpec, *, scale: float = 1.0, **kwargs):
+        """Raises ConfigError for another scale, and where without a deconvolution the numbers of channels do not fit."""
         super().__init__(input_shape, **kwargs)
         if scale not in DECONVS:
             raise ConfigError(f"The scale of a mask is {scale}: expected one of {', '.join(map(str, DECONVS))}.")
@@ -35,6 +36,11 @@ class ScaledMaskHead(MaskRCNNConvUpsampleHead):
             self.deconv2 = ConvTranspose2d(channels, channels, kernel_size=2, stride=2)
             weight_init.c2_msra_fill(self.deconv2)
         elif DECONVS[scale] == 0:
+            if self.deconv.in_channels != self.predictor.in_channels:
+                raise ConfigError(
+                    f"A mask of half the size has no deconvolution, which with MODEL.ROI_MASK_HEAD.NUM_CONV 0 gets from the "
+                    f"features' {self.deconv.in_channels} channels to CONV_DIM {self.predictor.in_channels}: make them equal."
+                )
             del self.deconv
         self.deconvs = [layer for name, layer in self.named_children() if name in ("deconv", "deconv2")]
 
@@ -69,7 +75,7 @@ class QuasiMultitask(nn.ModuleDict):
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict:
         scales = cfg.MODEL.MASKPLUS.QUASI_SCALES
-        if not set(scales) <= NAMES.keys() or len(set(scales)) < len(scales):
+        if not all(scale in list(NAMES) for scale in scales) or len(set(scales)) < len(scales):
             raise ConfigError(f"MODEL.MASKPLUS.QUASI_SCALES is {scales}: expected [], [0.5], [2.0] or [0.5, 2.0].")
         return {"heads": {NAMES[scale]: ScaledMaskHead(cfg, input_shape, scale=scale) for scale in scales}}
 

@@ -35,17 +35,18 @@ def random_state_restored():
 
 
 @pytest.fixture(autouse=True)
-def log_handlers_restored():
-    """No test leaves a handler behind, whose stream ends with the test."""
+def loggers_restored():
+    """No test leaves a handler behind, whose stream ends with the test, or a logger that ``caplog`` no longer hears."""
 
     def loggers() -> list[logging.Logger]:
         known = logging.root.manager.loggerDict.values()
         return [logging.root, *(logger for logger in known if isinstance(logger, logging.Logger))]
 
-    before = {logger: list(logger.handlers) for logger in loggers()}
+    before = {logger: (list(logger.handlers), logger.propagate) for logger in loggers()}
     yield
     for logger in loggers():
-        for handler in set(logger.handlers) - set(before.get(logger, [])):
+        handlers, logger.propagate = before.get(logger, ([], True))
+        for handler in set(logger.handlers) - set(handlers):
             logger.removeHandler(handler)
 
 

@@ -17,7 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from maskplus.quasi_multitask import is_training_only
-from projects.engine.checkpoint import STRIPPED, write_atomically
+from projects.engine.checkpoint import STRIPPED, refuse_other_than_arrays, write_atomically
 from projects.engine.launch import guarded
 from projects.engine.safe_loading import load_torch
 from projects.errors import CheckpointError
@@ -30,7 +30,8 @@ def strip(source: Path, target: Path, trust: bool = False) -> list[str]:
         The names that were taken out.
 
     Raises:
-        CheckpointError: ``source`` is missing, damaged, no checkpoint, or has nothing to strip; ``target`` exists.
+        CheckpointError: ``source`` is missing, damaged, no checkpoint, or has nothing to strip; ``target`` exists or cannot be
+            written.
     """
     if not source.is_file():
         raise CheckpointError(f"There is no checkpoint '{source}'.")
@@ -40,16 +41,21 @@ def strip(source: Path, target: Path, trust: bool = False) -> list[str]:
     weights = data.get("model") if isinstance(data, dict) else None
     if not isinstance(weights, dict):
         raise CheckpointError(f"'{source}' is no checkpoint: expected a dict with the key 'model', a dict of weights.")
+    refuse_other_than_arrays(str(source), weights)
     names = [name for name in weights if is_training_only(name)]
     if not names:
         raise CheckpointError(f"'{source}' holds no weights that only training needs: use it as it is.")
     for name in names:
         del weights[name]
-    write_atomically(target, lambda file: torch.save({"model": weights, STRIPPED: names}, file))
+    try:
+        write_atomically(target, lambda file: torch.save({"model": weights, STRIPPED: names}, file))
+    except OSError as error:
+        raise CheckpointError(f"'{target}' was not written: {error}") from error
     return names
 
 
 def main(args) -> int:
+    """Strip, and say what that saved."""
     names = strip(args.source, args.target, args.trust)
     sizes = [path.stat().st_size / 2**20 for path in (args.source, args.target)]
     print(f"{args.target}: without {len(names)} training-only weights; {sizes[0]:.1f} MiB -> {sizes[1]:.1f} MiB")

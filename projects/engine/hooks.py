@@ -1,9 +1,11 @@
 """What happens beside the training step: checkpoints, evaluation, writers, curves. Detectron2's hooks where it has them."""
 
+import itertools
 import json
 import logging
 import resource
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -11,7 +13,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, EventWriter, JSONWriter, TensorboardXWriter, get_event_storage
-from fvcore.nn.precise_bn import get_bn_modules, update_bn_stats
+from fvcore.nn.precise_bn import get_bn_modules
 from tqdm import tqdm
 
 from projects.data.loader import build_train_loader
@@ -57,7 +59,36 @@ class PreciseBN(HookBase):
             return
         if get_bn_modules(self.trainer.model):
             with rng_preserved(), EventStorage(done):
-                update_bn_stats(self.trainer.model, build_train_loader(self.cfg, self.seed), self.cfg.TEST.PRECISE_BN.NUM_ITER)
+                batches = itertools.islice(build_train_loader(self.cfg, self.seed), self.cfg.TEST.PRECISE_BN.NUM_ITER)
+                average_bn_statistics(self.trainer.model, batches)
+
+
+@torch.no_grad()
+def average_bn_statistics(model: torch.nn.Module, batches: Iterable[list[dict]]) -> None:
+    """Set the statistics of every training batch norm to mean and variance of all that it sees in these batches.
+
+    One that sees nothing keeps its own: behind RoIs that may happen, where no image has an object. (fvcore's update_bn_stats
+    divides by zero at the first such batch.)
+    """
+    sums: dict[torch.nn.Module, tuple] = {}
+
+    def add(layer: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        values = inputs[0].transpose(0, 1).flatten(1).double()
+        count, total, square = sums.get(layer, (0, 0, 0))
+        sums[layer] = count + values.shape[1], total + values.sum(dim=1), square + values.square().sum(dim=1)
+
+    handles = [layer.register_forward_pre_hook(add) for layer in get_bn_modules(model)]
+    try:
+        for batch in batches:
+            model(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for layer, (count, total, square) in sums.items():
+        if count:
+            mean = total / count
+            layer.running_mean.copy_(mean)
+            layer.running_var.copy_(square / count - mean.square())
 
 
 class BestCheckpoint(HookBase):

@@ -14,7 +14,7 @@ from detectron2.utils.events import EventStorage
 
 from projects.engine.checkpoint import rng_state, set_rng_state
 from projects.engine.divergence import DivergedError
-from projects.engine.hooks import peak_memory
+from projects.engine.hooks import average_bn_statistics, peak_memory
 from projects.engine.launch import guarded
 from projects.engine.optimizer import build_optimizer
 from projects.engine.trainer import StandardTrainer
@@ -214,6 +214,35 @@ def test_precise_bn_is_saved_and_resumes_exactly(tiny_cfg, tmp_path):
     assert [name for name in expected if not torch.equal(expected[name], without[name])]
     saved = torch.load(tmp_path / "whole/model_final.pth", weights_only=True)["model"]
     assert all(torch.equal(expected[name], value) for name, value in saved.items())
+
+
+class BehindRoIs(torch.nn.Module):
+    """A batch norm on all values of a batch, and one on those above 0, as on foreground RoIs: (N, 2) each."""
+
+    def __init__(self):
+        super().__init__()
+        self.all, self.some, self.unused = (torch.nn.BatchNorm1d(2) for _ in range(3))
+
+    def forward(self, x):
+        self.all(x)
+        self.some(x[x[:, 0] > 0])
+
+
+def test_precise_bn_by_hand():
+    """Mean and variance of all rows, whatever batch they come in; a layer without any row keeps its statistics."""
+    model = BehindRoIs()
+    batches = [torch.tensor([[1.0, 2.0], [3.0, 6.0], [-1.0, 4.0]]), torch.tensor([[-3.0, 0.0], [-5.0, 8.0]])]
+    average_bn_statistics(model, batches)
+    assert model.all.running_mean.tolist() == [-1, 4]
+    torch.testing.assert_close(
+        model.all.running_var, torch.tensor([8.0, 8.0])
+    )  # (4 + 16 + 0 + 4 + 16) / 5, (4 + 4 + 16 + 16) / 5
+    assert model.some.running_mean.tolist() == [2, 4] and model.some.running_var.tolist() == [1, 4]
+    assert model.unused.running_mean.tolist() == [0, 0] and model.unused.running_var.tolist() == [1, 1]
+    average_bn_statistics(model, batches[1:])  # no row for the second layer
+    assert model.all.running_mean.tolist() == [-4, 4]
+    assert model.some.running_mean.tolist() == [2, 4] and model.some.running_var.tolist() == [1, 4]
+    assert model.all.training and not model.all._forward_pre_hooks
 
 
 def test_training_leaves_what_a_person_looks_at(tiny_cfg, tmp_path):

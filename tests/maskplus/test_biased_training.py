@@ -42,10 +42,21 @@ def test_all_mask_losses_and_no_other_are_weighed(heads):
 
 
 def test_wrong_keys_are_refused(heads):
-    with pytest.raises(ConfigError, match="BIASED_ALPHA is 0.0: expected a positive weight"):
-        heads("BIASED", True, "BIASED_ALPHA", 0.0)
+    for alpha in (0.0, float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match=f"BIASED_ALPHA is {alpha}: expected a positive weight"):
+            heads("BIASED", True, "BIASED_ALPHA", alpha)
     with pytest.raises(ConfigError, match="BIASED_FRACTION is 50.0: expected a part of the training, 0 to 1"):
         heads("BIASED", True, "BIASED_FRACTION", 50.0)
+
+
+def test_a_validation_loss_is_weighed_as_its_iteration_is(heads):
+    built = heads("BIASED", True)  # MAX_ITER is 10
+    losses = {}
+    for iteration in (0, 9):
+        with torch.no_grad():
+            losses[iteration] = built.train(iteration)
+    assert losses[0]["loss_mask"].item() == pytest.approx(1.5 * losses[9]["loss_mask"].item(), rel=1e-6)
+    assert losses[0]["loss_cls"] == losses[9]["loss_cls"]
 
 
 def run(tiny_opts, folder: Path, resume: bool = False, stop_after: int | None = None) -> StandardTrainer:

@@ -5,6 +5,8 @@ from itertools import product
 import pytest
 import torch
 
+from projects.errors import ConfigError
+
 BOUNDARIES = ("none", "original", "dense")
 QUASI = ([], [0.5], [2.0], [0.5, 2.0])
 BOX_LOSSES = {"loss_cls", "loss_box_reg"}
@@ -102,3 +104,62 @@ def test_boxes_are_not_touched(heads):
         assert torch.equal(found.pred_boxes.tensor, expected.pred_boxes.tensor)
         assert torch.equal(found.scores, expected.scores)
         assert not torch.equal(found.pred_masks, expected.pred_masks)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("objects", [True, False])
+def test_mixed_precision(heads, dtype, objects):
+    built = heads(*ALL_ON)
+    with torch.autocast("cpu", dtype):
+        losses = built.train(objects=objects)
+        detected = built.detect()
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(p.grad).all() for p in built.module.parameters())
+    expected = heads(*ALL_ON).train(objects=objects)
+    for name, loss in losses.items():
+        torch.testing.assert_close(loss.float(), expected[name], rtol=0.05, atol=0.05, msg=name)
+    assert all(len(instances) and torch.isfinite(instances.pred_masks).all() for instances in detected)
+
+
+@pytest.mark.parametrize(
+    "opts, masks",
+    [
+        (["MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK", True], 28),
+        (["MASK_SCALE", 2.0], 56),
+        (["MODEL.ROI_MASK_HEAD.NORM", "BN"], 28),
+        (["MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION", 7], 14),
+        (["MODEL.ROI_MASK_HEAD.NUM_CONV", 0], 28),
+        (["MODEL.ROI_MASK_HEAD.NUM_CONV", 0, "MODEL.ROI_MASK_HEAD.CONV_DIM", 6, "QUASI_SCALES", [2.0]], 28),
+    ],
+    ids=str,
+)
+def test_other_shapes_of_the_mask_head(heads, opts, masks):
+    built = heads(*ALL_ON, *opts)
+    extra = {"loss_mask_double"} if "QUASI_SCALES" in opts else {"loss_mask_half", "loss_mask_double"}
+    check_trains_and_infers(built, {"loss_mask"} | extra, side=masks)
+
+
+def test_without_masks_the_boxes_train(heads):
+    built = heads(*ALL_ON, "MODEL.MASK_ON", False)
+    assert built.module.contextual_fusion is None and built.train().keys() == BOX_LOSSES
+    assert not any(instances.has("pred_masks") for instances in built.detect())
+
+
+@pytest.mark.parametrize("name", ["MaskPlusROIHeads", "MaskPlusCascadeROIHeads"])
+@pytest.mark.parametrize("technique", [*zip(ALL_ON[2::2], ALL_ON[3::2], strict=True), ("MASK_SCALE", 0.5)], ids=str)
+def test_techniques_of_the_mask_head_need_it(heads, name, technique):
+    with pytest.raises(ConfigError, match="'MaskRCNNConvUpsampleHead'.* set that, or leave them off"):
+        heads(*technique, "MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead", name=name)
+
+
+def test_contextual_fusion_needs_roi_heads_that_have_it(heads):
+    with pytest.raises(ConfigError, match="'StandardROIHeads' has no contextual fusion: set 'MaskPlusROIHeads'"):
+        heads("CONTEXT", True, name="StandardROIHeads")
+    heads("BOUNDARY", "dense", name="StandardROIHeads")  # the mask head's own techniques need no other RoI heads
+
+
+def test_half_size_needs_equal_channels_without_convolutions(heads):
+    opts = ["MODEL.ROI_MASK_HEAD.NUM_CONV", 0, "MODEL.ROI_MASK_HEAD.CONV_DIM", 6]
+    for technique in (("QUASI_SCALES", [0.5]), ("MASK_SCALE", 0.5)):
+        with pytest.raises(ConfigError, match="from the features' 8 channels to CONV_DIM 6"):
+            heads(*technique, *opts)

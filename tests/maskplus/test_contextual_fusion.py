@@ -132,5 +132,8 @@ def test_wrong_keys_are_refused(heads):
         heads("CONTEXT", True, "CONTEXT_LEVEL", "p7")
     with pytest.raises(ConfigError, match=r"CONV_DIMS is \[8, 9\]: its last number must be 8"):
         heads("CONTEXT", True, "CONV_DIMS", [8, 9])
+    for dims in ([0, 8], [-4, 8], [16.0, 8], ["a", 8]):
+        with pytest.raises(ConfigError, match="expected whole numbers of filters, at least 1 each"):
+            heads("CONTEXT", True, "CONV_DIMS", dims)
     with pytest.raises(ConfigError, match=r"CONV_DIMS is \[\]"):
         heads("CONTEXT", True, "CONV_DIMS", [])

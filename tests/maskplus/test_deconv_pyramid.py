@@ -59,11 +59,20 @@ def test_equals_an_independent_computation(arithmetic, filled):
 
 @pytest.mark.parametrize("rois", [0, 1, CHUNK, 2 * CHUNK + 3])
 def test_chunks_of_inference_change_nothing(filled, rois):
-    module, x = filled(DeconvPyramid(3)).float(), torch.rand(rois, 3, 14, 14)
+    module, x = filled(DeconvPyramid(3)).float(), torch.sin(torch.arange(rois * 3 * 14 * 14.0)).reshape(rois, 3, 14, 14)
     with torch.no_grad():
         found = module(x)
     assert found.shape == x.shape
     torch.testing.assert_close(found, module(x).detach())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_trace_takes_any_number_of_rois(filled):
+    module, x = filled(DeconvPyramid(3)).float().eval(), torch.sin(torch.arange(20 * 3 * 14 * 14.0)).reshape(20, 3, 14, 14)
+    with torch.no_grad():
+        traced = torch.jit.trace(module, x)
+        for rois in (5, 20):
+            torch.testing.assert_close(traced(x[:rois]), module(x[:rois]))
 
 
 def test_relu_comes_before_the_addition(arithmetic):

@@ -142,7 +142,7 @@ def test_absence_is_forgiven_with_batch_norm_too(heads, with_versions):
 
 
 def test_wrong_scales_are_refused(heads):
-    for scales in ([1.0], [0.5, 0.5], [0.5, 3.0]):
+    for scales in ([1.0], [0.5, 0.5], [0.5, 3.0], [[0.5]], ["2"]):
         with pytest.raises(ConfigError, match=r"QUASI_SCALES is .*expected \[\], \[0.5\], \[2.0\] or \[0.5, 2.0\]"):
             heads("QUASI_SCALES", scales)
     with pytest.raises(ConfigError, match=r"scale of a mask is 4.0: expected one of 0.5, 1.0, 2.0"):

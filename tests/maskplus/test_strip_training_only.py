@@ -73,6 +73,11 @@ def test_stripped_file(cfg, run_script, shapes_root, tmp_path, caplog):
             outputs.append(DefaultPredictor(cfg)(image)["instances"])
             load_for_evaluation(cfg, resume=False, trust=False)
         assert [record.getMessage() for record in caplog.records] == []
+    del stripped["model"]["roi_heads.mask_head.predictor.bias"]
+    torch.save(stripped, tmp_path / "incomplete.pth")
+    cfg.MODEL.WEIGHTS = str(tmp_path / "incomplete.pth")
+    DefaultPredictor(cfg)
+    assert "roi_heads.mask_head.predictor" in caplog.text  # what is needed and missing is heard here
     assert len(outputs[0]) == len(outputs[1]) > 0
     assert torch.equal(outputs[0].pred_boxes.tensor, outputs[1].pred_boxes.tensor)
     assert torch.equal(outputs[0].scores, outputs[1].scores)
@@ -108,6 +113,8 @@ def test_what_cannot_be_stripped(tool, tmp_path, capsys):
         "plain": {"model": {"roi_heads.mask_head.predictor.bias": torch.zeros(3)}},
         "list": [1, 2],
         "no_weights": {"model": 3},
+        "number": {"model": {3: torch.zeros(3), key: torch.zeros(3)}},
+        "text": {"model": {key: "zeros"}},
         "good": {"model": {key: torch.zeros(3), "a": torch.ones(2)}},
     }
     for name, content in files.items():
@@ -119,6 +126,8 @@ def test_what_cannot_be_stripped(tool, tmp_path, capsys):
         "plain": "holds no weights that only training needs",
         "list": "is no checkpoint",
         "no_weights": "is no checkpoint",
+        "number": "a Tensor under 3 where its weights",
+        "text": f"a str under '{key}' where its weights",
         "cut": "truncated, corrupt",
         "code": r"was not loaded: it wants \w+\.mkdir\b.*--trust",
         "absent": "There is no checkpoint",
@@ -126,6 +135,8 @@ def test_what_cannot_be_stripped(tool, tmp_path, capsys):
         with pytest.raises(CheckpointError, match=message):
             tool.strip(tmp_path / f"{name}.pth", target)
         assert not target.exists() and not (tmp_path / "made").exists()
+    with pytest.raises(CheckpointError, match="plain.pth/target.pth' was not written"):
+        tool.strip(tmp_path / "good.pth", tmp_path / "plain.pth" / "target.pth")
     assert tool.strip(tmp_path / "good.pth", target) == [key]
     with pytest.raises(CheckpointError, match="exists. Name a new file"):
         tool.strip(tmp_path / "good.pth", tmp_path / "good.pth")
