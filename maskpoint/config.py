@@ -1,7 +1,8 @@
 """Config keys of Mask Point R-CNN.
 
 The rest of the keypoint branch is set by Detectron2's keys under MODEL.ROI_KEYPOINT_HEAD: CONV_DIMS, POOLER_RESOLUTION, and
-LOSS_WEIGHT, which is the paper's alpha (equation 3). NUM_KEYPOINTS there is not read: it follows from the keys here.
+LOSS_WEIGHT, which is the paper's alpha (equation 3). NUM_KEYPOINTS there is not read: it follows from the keys here; nor is
+NORMALIZE_LOSS_BY_VISIBLE_KEYPOINTS, since all points are visible.
 """
 
 from detectron2.config import CfgNode

@@ -76,15 +76,15 @@ class ContourSampler:
             (K, 2) float32: k contour points clockwise from the topmost, then leftmost pixel, and the centre.
 
         Raises:
-            ValueError: the mask is empty.
+            ValueError: the mask is empty, or of another type.
         """
+        if mask.dtype not in (np.bool_, np.uint8):
+            raise ValueError(f"a mask of {mask.dtype}: expected bool or uint8")
         x, y, width, height = cv2.boundingRect(mask.view(np.uint8))
         if not width:
             raise ValueError("an empty mask has no contour")
         crop = mask.view(np.uint8)[y : y + height, x : x + width]
-        contours = outer_contours(crop)
-        if self.components == "largest":
-            contours = contours[:1]
+        contours = outer_contours(crop, only_largest=self.components == "largest")
         sample = uniform_points if self.sampling == "uniform" else corner_points
         shares = apportion(self.num_points, [max(cv2.arcLength(contour, closed=True), 1) for contour in contours])
         points = [sample(contour, share, generator) for contour, share in zip(contours, shares, strict=True) if share]
@@ -102,17 +102,21 @@ def centroid(mask: np.ndarray) -> tuple[float, float]:
     return tuple(np.average(np.arange(len(sums)) + 0.5, weights=sums) for sums in (columns, rows))
 
 
-def outer_contours(mask: np.ndarray) -> list[np.ndarray]:
-    """The outer contours of the 8-connected components of a mask (H, W) uint8, those of the largest component first.
+def outer_contours(mask: np.ndarray, only_largest: bool = False) -> list[np.ndarray]:
+    """The outer contours of the 8-connected components of a mask (H, W) uint8, that of the largest component first, or alone.
 
     Returns:
         (P, 2) int32 each: x, y of the border pixels clockwise from the topmost, then leftmost one; each is a neighbour of the
         next, and the last of the first. Where a component is one pixel wide, its pixels come twice, once per direction.
     """
-    found, hierarchy = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-    # OpenCV goes anticlockwise (on the screen) from the same pixel; contours with a parent are those of holes.
-    outer = [np.roll(c[::-1, 0], 1, axis=0) for c, (*_, parent) in zip(found, hierarchy[0], strict=True) if parent < 0]
-    return sorted(outer, key=filled_area, reverse=True)
+    if only_largest:  # which lies in no hole
+        outer = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)[0]
+        outer = [max(outer, key=filled_area)]
+    else:
+        found, hierarchy = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+        outer = [c for c, (*_, parent) in zip(found, hierarchy[0], strict=True) if parent < 0]  # those with one are of holes
+        outer.sort(key=filled_area, reverse=True)
+    return [np.roll(c[::-1, 0], 1, axis=0) for c in outer]  # OpenCV goes anticlockwise (on the screen) from the same pixel
 
 
 def filled_area(contour: np.ndarray) -> float:

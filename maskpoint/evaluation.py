@@ -14,6 +14,7 @@ import logging
 from collections.abc import Sequence
 
 import numpy as np
+import pycocotools.mask as mask_util
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import PolygonMasks
@@ -39,7 +40,10 @@ TYPES = {"coco": "coco_points", "cityscapes_instance": "cityscapes_points"}  # e
 
 
 class ContourPointEvaluator(FastCOCOEvaluator):
-    """FastCOCOEvaluator whose ground truth has the contour points of its masks as key points, all visible."""
+    """FastCOCOEvaluator whose ground truth has the contour points of its masks as key points, all visible.
+
+    Groups (iscrowd) have none: as in COCO, what is detected there counts neither for nor against a model.
+    """
 
     def __init__(self, dataset_name: str, tasks: Sequence[str], sampler: ContourSampler, **kwargs):
         """
@@ -51,9 +55,10 @@ class ContourPointEvaluator(FastCOCOEvaluator):
         """
         super().__init__(dataset_name, [task for task in tasks if task != "keypoints"], **kwargs)
         self._tasks = tuple(tasks)
-        for annotation in self._coco_gt.anns.values():
+        for annotation in self._coco_gt.anns.values() if "keypoints" in tasks else ():
             image = self._coco_gt.imgs[annotation["image_id"]]
-            annotation |= coco_keypoints(annotation.get("segmentation"), image["height"], image["width"], sampler)
+            segmentation = None if annotation.get("iscrowd") else annotation.get("segmentation")
+            annotation |= coco_keypoints(segmentation, image["height"], image["width"], sampler)
 
 
 def coco_keypoints(segmentation: list | dict | None, height: int, width: int, sampler: ContourSampler) -> dict:
@@ -68,9 +73,10 @@ def coco_keypoints(segmentation: list | dict | None, height: int, width: int, sa
     """
     segmentation = usable_segmentation(segmentation, height, width) if segmentation else None
     if isinstance(segmentation, list):
-        mask, corner = mask_of(PolygonMasks([segmentation]), 0)
+        mask, corner = mask_of(PolygonMasks([segmentation]), 0, (height, width))
     elif segmentation:
-        mask, corner = binary_mask(segmentation, height, width), (0, 0)
+        x, y, w, h = mask_util.toBbox(segmentation).astype(int)
+        mask, corner = binary_mask(segmentation, height, width)[y : y + h, x : x + w], (x, y)
     keypoints = np.zeros((sampler.num_keypoints, 3))
     if segmentation and mask.any():
         keypoints[:, :2] = sampler(mask, np.random.RandomState(SEED)) + corner - 0.5
@@ -121,11 +127,18 @@ def register_points(source: str) -> None:
 
     Args:
         source: of evaluator_type "coco" or "cityscapes_instance". COCO's evaluation wants numbers for image_id: those of the
-            latter are the positions of the records, counted from 1.
+            latter are the positions of the records, counted from 1. Register again what has been registered anew.
+
+    Raises:
+        ConfigError: there is no such data set, or it is of another type.
     """
-    metadata = MetadataCatalog.get(source).as_dict()
-    numbered = metadata["evaluator_type"] == "cityscapes_instance"
-    own = {"name": f"{source}_points", "evaluator_type": TYPES[metadata["evaluator_type"]]}
+    metadata = MetadataCatalog.get(source).as_dict() if source in DatasetCatalog.list() else {}
+    kind = metadata.get("evaluator_type")
+    if kind not in TYPES:
+        found = f"is of evaluator_type {kind!r}" if metadata else "is not registered"
+        raise ConfigError(f"The data set '{source}' {found}: contour points need a registered one of {' or '.join(TYPES)}.")
+    numbered = kind == "cityscapes_instance"
+    own = {"name": f"{source}_points", "evaluator_type": TYPES[kind]}
 
     def load() -> list[dict]:
         records = DatasetCatalog.get(source)

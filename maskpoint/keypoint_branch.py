@@ -33,7 +33,7 @@ class ContourPointHead(KRCNNConvDeconvUpsampleHead):
     def __init__(self, input_shape: ShapeSpec, *, num_points: int, upsample: bool = True, decoder: str = "argmax", **kwargs):
         """
         Args:
-            num_points: k; the first k of the K key points are a contour.
+            num_points: k, where the first k of the K key points are one closed contour, else 0.
             upsample: False stops at 2P (fusion design d).
             decoder: "argmax", "subpixel" or "resize" (:func:`decode`).
             kwargs: see Detectron2's head; ``loss_weight`` is alpha (equation 3).
@@ -53,7 +53,7 @@ class ContourPointHead(KRCNNConvDeconvUpsampleHead):
         arguments = super().from_config(cfg, input_shape)
         sampler = ContourSampler.from_config(cfg)
         return arguments | {
-            "num_points": sampler.num_points,
+            "num_points": sampler.num_points if sampler.components == "largest" else 0,
             "num_keypoints": sampler.num_keypoints,
             "loss_normalizer": "visible",  # all points are
             "upsample": cfg.MODEL.MASKPOINT.FUSION_DESIGN != "d",
@@ -71,13 +71,18 @@ class ContourPointHead(KRCNNConvDeconvUpsampleHead):
             heatmaps: (R, K, S, S).
             instances: the R foreground proposals with ``proposal_boxes`` and ``gt_keypoints``, by image. Points outside of a
                 proposal do not count; without any point the loss is 0 and still part of the graph.
+
+        Raises:
+            ConfigError: RoIs without ``gt_keypoints``, as from another mapper.
         """
+        if not all(rois.has("gt_keypoints") for rois in instances if len(rois)):
+            raise ConfigError("The training images have no contour points: set INPUT.MAPPER to 'ContourPointMapper'.")
         return {"loss_keypoint": self.loss_weight * keypoint_rcnn_loss(heatmaps, instances, normalizer=None)}
 
     @torch.no_grad()
     def set_keypoints(self, heatmaps: Tensor, instances: list[Instances]) -> None:
-        """Give the R instances ``pred_keypoints`` (R, K, 3): x, y, score; and ``contour_points`` (R): k, how many of them, the
-        first ones, form a closed contour."""
+        """Give the R instances ``pred_keypoints`` (R, K, 3): x, y, score; and ``contour_points`` (R): how many of them, the
+        first ones, form a closed contour: k, and 0 where k points are shared out over several contours."""
         boxes = torch.cat([detected.pred_boxes.tensor for detected in instances])
         keypoints = decode(heatmaps, boxes, self.decoder).split([len(detected) for detected in instances])
         for detected, own in zip(instances, keypoints, strict=True):
@@ -99,11 +104,12 @@ def decode(heatmaps: Tensor, boxes: Tensor, decoder: str = "argmax") -> Tensor:
         (R, K, 3): x, y, and as score the softmax probability of the highest cell ("resize": Detectron2's).
     """
     if decoder == "resize":
-        return heatmaps_to_keypoints(heatmaps, boxes)[:, :, [0, 1, 3]]
+        return heatmaps_to_keypoints(heatmaps.float(), boxes)[:, :, [0, 1, 3]]
     R, K, S, _ = heatmaps.shape
     flat = heatmaps.reshape(R, K, S * S).float()
     highest, position = flat.max(dim=2)
-    total = torch.cat([roi.logsumexp(dim=2) for roi in flat.split(1)])  # one by one they stay in the processor's cache
+    rois = 1 if flat.device.type == "cpu" else max(R, 1)  # at a time: one by one they stay in the processor's cache
+    total = torch.cat([part.logsumexp(dim=2) for part in flat.split(rois)])
     score = (highest - total).exp()
     cell = torch.stack([position % S, position // S], dim=2)  # (R, K, 2): column, row
     place = cell + 0.5

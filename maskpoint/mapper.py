@@ -44,24 +44,27 @@ class ContourPointMapper(InstanceMapper):
         generator = np.random.RandomState(np.random.randint(2**31))  # the loader seeds numpy's own for every sample
         keypoints = torch.full((len(instances), self.sampler.num_keypoints, 3), 2.0)
         for i in range(len(instances)):
-            mask, corner = mask_of(instances.gt_masks, i)
+            mask, corner = mask_of(instances.gt_masks, i, image_shape)
             keypoints[i, :, :2] = torch.from_numpy(self.sampler(mask, generator) + np.float32(corner))
         instances.gt_keypoints = Keypoints(keypoints)
         if not self.keep_masks:
             instances.remove("gt_masks")
 
 
-def mask_of(masks: BitMasks | PolygonMasks, index: int) -> tuple[np.ndarray, tuple[int, int]]:
+def mask_of(masks: BitMasks | PolygonMasks, index: int, size: tuple[int, int]) -> tuple[np.ndarray, tuple[int, int]]:
     """A mask as pixels: (h, w) of a part of the image that holds it, and the (x, y) where that part begins.
 
-    Polygons so thin that they cover no pixel are the pixel in the middle of their box.
+    Args:
+        masks: of an image of ``size`` (height, width). Polygons end where the image ends; those that cover no pixel, since they
+            are so thin, are the pixel in the middle of their box.
     """
     if isinstance(masks, BitMasks):
         return masks.tensor[index].numpy(), (0, 0)
     polygons = [np.asarray(polygon).reshape(-1, 2) for polygon in masks.polygons[index]]
     vertices = np.concatenate(polygons)
-    corner = np.floor(vertices.min(axis=0)).astype(int)
-    width, height = np.maximum(np.ceil(vertices.max(axis=0)).astype(int) - corner, 1).tolist()
+    last = np.array(size[::-1]) - 1
+    corner = np.clip(np.floor(vertices.min(axis=0)), 0, last).astype(int)
+    width, height = (np.clip(np.ceil(vertices.max(axis=0)), corner + 1, last + 1).astype(int) - corner).tolist()
     parts = mask_util.frPyObjects([(polygon - corner).ravel().tolist() for polygon in polygons], height, width)
     mask = mask_util.decode(mask_util.merge(parts))
     if not mask.any():

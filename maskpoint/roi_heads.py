@@ -95,11 +95,11 @@ class MaskPointROIHeads(StandardROIHeads):
             for detected in instances:
                 detected.pred_masks = ContourMasks.from_points(detected.pred_keypoints[:, :k, :2], detected.pred_boxes)
         if self.keep_maps:
-            sums = heatmaps.sum(dim=1).split([len(detected) for detected in instances])
+            sums = heatmaps.float().sum(dim=1).split([len(detected) for detected in instances])
             for detected, own in zip(instances, sums, strict=True):
                 detected.pred_point_maps = own
                 if fused:
-                    detected.pred_fused_maps = detected.pred_masks[:, 0]
+                    detected.pred_fused_maps = detected.pred_masks[:, 0].float()
         return instances
 
     def _masks(

@@ -4,7 +4,7 @@
     python tools/benchmark_maskpoint.py
 
 Prints two Markdown tables, for one thread: milliseconds per instance for masks of 1024 x 2048 pixels (each sampler), and
-seconds for 100 detections of 1000 x 1000 pixels with K = 101 (each decoder; "resize" is Detectron2's, timed on one
+for 100 detections of 1000 x 1000 pixels with K = 101 (each decoder; "resize" is Detectron2's, timed on one
 detection). Numbers are medians and ranges. What the network costs: tools/analyze_model.py.
 """
 
@@ -27,6 +27,8 @@ from projects.timing import seconds_in_turns
 
 SIZE = 1024, 2048  # height, width
 RADII = {"10 x 20": 10, "100 x 200": 100, "240 x 480": 240, "480 x 960": 480}  # of the wavy shapes that are sampled
+HOLE, GRID = 8, 32  # pixels: side of the holes of a wavy shape, and of the squares that have one each
+BARS = 16  # pixels from one upright bar, of half as many, to the next
 
 
 def wavy_shape(radius: float) -> np.ndarray:
@@ -35,6 +37,15 @@ def wavy_shape(radius: float) -> np.ndarray:
     angle = np.arctan2(y - SIZE[0] / 2, x - SIZE[1] / 2)
     wave = 0.85 + 0.1 * np.sin(7 * angle) + 0.05 * np.sin(31 * angle)
     return np.hypot(y - SIZE[0] / 2, (x - SIZE[1] / 2) / 2) < radius * wave
+
+
+def shapes() -> dict[str, np.ndarray]:
+    """The masks that are sampled: wavy ones, one with holes, and the worst there is: one full of edges, in many parts."""
+    masks = {name: wavy_shape(radius) for name, radius in RADII.items()}
+    y, x = np.mgrid[: SIZE[0], : SIZE[1]]
+    masks["480 x 960, full of holes"] = masks["480 x 960"] & ((y % GRID >= HOLE) | (x % GRID >= HOLE))
+    masks[f"{SIZE[1] // BARS} bars"] = x % BARS < BARS // 2
+    return masks
 
 
 def timed(call: Callable[[], object], repeats: int) -> str:
@@ -48,8 +59,8 @@ def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     print(f"ms per instance, k = 100, mask of {SIZE[0]} x {SIZE[1]}\n")
     print(f"| shape (half axes, pixels) | {' | '.join(SAMPLINGS)} |\n|---|{'---|' * len(SAMPLINGS)}")
-    for name, radius in RADII.items():
-        arguments = wavy_shape(radius), np.random.RandomState(0)
+    for name, mask in shapes().items():
+        arguments = mask, np.random.RandomState(0)
         samplers = [ContourSampler(sampling=sampling) for sampling in SAMPLINGS]
         cells = [timed(partial(sampler, *arguments), 20 * args.repeats) for sampler in samplers]
         print(f"| {name} | {' | '.join(cells)} |")

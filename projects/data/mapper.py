@@ -17,6 +17,8 @@ from pycocotools import mask as mask_util
 
 from projects.errors import ConfigError, DataError
 
+FAR = 1e6  # image pixels: pycocotools walks along every edge, and ends the process where one is much longer
+
 MAPPER_REGISTRY = Registry("MAPPER")
 MAPPER_REGISTRY.__doc__ = """
 Mappers by class name: built as ``cls(cfg, is_train)``, they take one record of a data set (Detectron2's format) and
@@ -120,12 +122,12 @@ def usable_segmentation(segmentation, height: int, width: int) -> list | dict | 
             or an array (height, width), non-zero inside.
 
     Returns:
-        The polygons of at least three finite points; a compressed RLE; None when nothing usable is left: no such
-        polygon, or a mask of another size than the image's.
+        The polygons of at least three points, none farther than FAR; a compressed RLE; None when nothing usable is left: no
+        such polygon, or a mask of another size than the image's.
     """
     if isinstance(segmentation, list):
         polygons = [np.asarray(p, dtype=float) for p in segmentation]
-        return [p for p in polygons if len(p) >= 6 and len(p) % 2 == 0 and np.isfinite(p).all()] or None
+        return [p for p in polygons if len(p) >= 6 and len(p) % 2 == 0 and (np.abs(p) <= FAR).all()] or None
     if isinstance(segmentation, np.ndarray):
         segmentation = mask_util.encode(np.asfortranarray(segmentation.astype(np.uint8)))
     if list(segmentation["size"]) != [height, width]:

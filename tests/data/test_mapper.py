@@ -133,7 +133,7 @@ def test_missing_and_broken_images_are_named(tmp_path):
 
 
 def test_usable_segmentation_keeps_the_good_polygons():
-    kept = usable_segmentation([SQUARE, [1, 2, 3, 4], [0, 0, float("inf"), 1, 2, 2]], *SIZE)
+    kept = usable_segmentation([SQUARE, [1, 2, 3, 4], [0, 0, float("inf"), 1, 2, 2], [0, 0, 1e9, 1, 2, 2]], *SIZE)
     assert len(kept) == 1 and kept[0].tolist() == SQUARE
 
 

@@ -283,13 +283,29 @@ def test_empty_mask_is_refused():
         ContourSampler()(np.zeros((4, 4), bool), generator())
 
 
+def test_masks_of_other_types_are_refused():
+    for dtype in (np.int32, np.float32, np.int8):
+        with pytest.raises(ValueError, match=f"{np.dtype(dtype)}: expected bool or uint8"):
+            ContourSampler()(np.ones((4, 4), dtype), generator())
+
+
+@few
+@given(st.one_of(noise(), blobs()))
+def test_the_largest_component_alone(mask):
+    every, (largest,) = outer_contours(mask.astype(np.uint8)), outer_contours(mask.astype(np.uint8), only_largest=True)
+    assert filled_area(largest) == filled_area(every[0]) and any(np.array_equal(largest, contour) for contour in every)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sampling", ["uniform", "corner"])
+@pytest.mark.parametrize("holes", [False, True])
 @pytest.mark.parametrize("radius", [10, 100, 480])
-def test_a_millisecond_at_the_size_of_cityscapes(sampling, radius):
+def test_a_millisecond_at_the_size_of_cityscapes(sampling, holes, radius):
     y, x = np.mgrid[:1024, :2048]
     angle = np.arctan2(y - 512, x - 1024)
     mask = np.hypot(y - 512, (x - 1024) / 2) < radius * (0.85 + 0.1 * np.sin(7 * angle) + 0.05 * np.sin(31 * angle))
+    if holes:  # of 8 x 8, one in every square of 32 x 32
+        mask &= (y % 32 >= 8) | (x % 32 >= 8)
     sampler, threads, times = ContourSampler(sampling=sampling), cv2.getNumThreads(), []
     cv2.setNumThreads(1)
     for _ in range(100):

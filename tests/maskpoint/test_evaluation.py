@@ -121,6 +121,30 @@ def test_instances_without_a_mask_do_not_count_for_key_points(register_squares, 
     assert results["keypoints"]["AP"] == pytest.approx(100) and results["bbox"]["AP"] < 100
 
 
+def test_groups_have_no_key_points_and_do_not_count(register_squares, narrow_cfg):
+    """Two detections with the highest scores inside of a group: neither right nor wrong, in any task."""
+    group = {"bbox": [0.0, 0.0, 100.0, 20.0], "area": 2000.0, "segmentation": [[0.0, 0.0, 100.0, 0.0, 100.0, 20.0, 0.0, 20.0]]}
+    register_squares(square(), square(iscrowd=1, **group))
+    cfg = narrow_cfg()
+    evaluator, sampler = build_evaluator(cfg, "squares_points", None), ContourSampler.from_config(cfg)
+    (record,) = DatasetCatalog.get("squares_points")
+    found = perfect(record, sampler)["instances"]
+    members = []
+    for x in (10.0, 60.0):
+        member = {"bbox": [x, 5.0, 10.0, 10.0], "segmentation": [[x, 5.0, x + 10, 5.0, x + 10, 15.0, x, 15.0]]}
+        members.append(square(**member) | {"bbox_mode": BoxMode.XYWH_ABS, "category_id": 0})
+    inside = perfect(record | {"annotations": members}, sampler)["instances"]
+    found.scores[:] = 0.5
+    evaluator.process([record], [{"instances": Instances.cat([inside, found])}])
+    results = evaluator.evaluate()
+    assert [results[task]["AP"] for task in ("bbox", "segm", "keypoints")] == pytest.approx([100, 100, 100])
+
+
+def test_points_are_made_only_where_they_are_evaluated(shapes_root, narrow_cfg, monkeypatch):
+    monkeypatch.setattr("maskpoint.evaluation.coco_keypoints", lambda *_: pytest.fail("not needed"))
+    build_evaluator(narrow_cfg("shapes_mask_only"), "shapes_val_points", None)
+
+
 def test_ground_truth_is_the_same_every_time():
     mask = np.zeros((50, 60), bool)
     mask[10:14, 20:25] = True  # fewer contour pixels than points
@@ -181,6 +205,13 @@ def test_records_are_those_of_the_source_with_numbers_for_cocos_evaluation(shape
         assert all(isinstance(r["image_id"], int) for r in points)
         assert MetadataCatalog.get(f"{source}_points").thing_classes == MetadataCatalog.get(source).thing_classes
     assert "cityscapes_instance_val_points" in DatasetCatalog.list()
+
+
+def test_only_registered_data_sets_of_masks_have_points(shapes_root):
+    with pytest.raises(ConfigError, match="'shape_val' is not registered: contour points need"):
+        register_points("shape_val")
+    with pytest.raises(ConfigError, match="is of evaluator_type 'coco_panoptic_seg': .* coco or cityscapes_instance"):
+        register_points("shapes_val_panoptic")
 
 
 def test_classes_that_are_known_after_loading_only(register_squares):

@@ -26,8 +26,8 @@ def head(k: int = 4, width: int = 8, **kwargs) -> ContourPointHead:
     return ContourPointHead(shape, num_points=k, num_keypoints=k + 1, conv_dims=[width], **kwargs)
 
 
-def full_size(name: str) -> ContourPointHead:
-    cfg = load_config(str(REPO / f"configs/maskpoint/{name}.yaml"))
+def full_size(name: str, *opts) -> ContourPointHead:
+    cfg = load_config(str(REPO / f"configs/maskpoint/{name}.yaml"), list(opts))
     with torch.device("meta"):
         return ContourPointHead(cfg, ShapeSpec(channels=256, height=14, width=14))
 
@@ -54,6 +54,8 @@ def test_settings_come_from_the_config():
     assert full_size("design_b").loss_weight == 1.0
     assert (full_size("without_center").num_points, full_size("without_center").num_keypoints) == (100, 100)
     assert (full_size("points_half").num_points, full_size("points_half").num_keypoints) == (50, 51)
+    shared_out = full_size("design_b", "MODEL.MASKPOINT.COMPONENTS", "all")
+    assert (shared_out.num_points, shared_out.num_keypoints) == (0, 101)  # not one closed contour
     with pytest.raises(ConfigError, match="MODEL.MASKPOINT.DECODER"):
         head(decoder="softargmax")
 
@@ -73,6 +75,12 @@ def test_loss_is_the_mean_cross_entropy_of_the_points_in_the_box(alpha):
     nll = [-F.log_softmax(heatmaps[0, i].flatten(), dim=0)[y * 56 + x] for i, (x, y) in cells.items()]
     torch.testing.assert_close(found["loss_keypoint"], alpha * sum(nll) / 4)
     assert set(found) == {"loss_keypoint"}
+
+
+def test_rois_without_points_name_the_mapper():
+    rois = [Instances((200, 200), proposal_boxes=Boxes(BOX))]
+    with pytest.raises(ConfigError, match="set INPUT.MAPPER to 'ContourPointMapper'"):
+        head().losses(torch.zeros(1, 5, 56, 56), rois)
 
 
 def test_loss_stays_connected_without_foreground_and_without_points_inside():
@@ -128,6 +136,16 @@ def test_subpixel_finds_the_top_of_a_parabola():
     torch.testing.assert_close(found[2], torch.tensor([0.0, 27.0]))  # cells at the rim stay where they are
     level, middle = torch.zeros(1, 1, 28 * 28), torch.full((1, 1), 14)
     assert top_of_parabola(level, torch.zeros(1, 1), 28 * middle + 14, middle, 28) == 0
+
+
+@pytest.mark.parametrize("decoder", ["argmax", "subpixel", "resize"])
+def test_points_of_half_precision_heat_maps_are_not_rounded(decoder):
+    torch.manual_seed(0)
+    heatmaps = torch.randn(2, 3, 56, 56).bfloat16()
+    boxes = torch.tensor([[400.3, 800.7, 611.1, 1000.2], [3.3, 5.1, 600.9, 900.4]])
+    found = decode(heatmaps, boxes, decoder)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, decode(heatmaps.float(), boxes, decoder))
 
 
 def test_design_d_decodes_at_its_own_side():

@@ -109,13 +109,26 @@ def test_keypoints_of_the_data_set_are_not_read(map_record):
     assert keypoints.shape == (1, 101, 3)
 
 
-def test_polygon_beyond_the_image_and_one_thinner_than_a_pixel():
-    beyond = PolygonMasks([[np.array([-6.5, -3.0, 4.0, -3.0, 4.0, 5.0, -6.5, 5.0])]])
-    mask, corner = mask_of(beyond, 0)
-    assert corner == (-7, -3) and mask.shape == (8, 11) and mask[4, 5] == 1
+@pytest.mark.parametrize("far", [-6.5, -1e5])
+def test_polygons_end_where_the_image_ends(map_record, far):
+    beyond = [far, -3.0, 24.0, -3.0, 24.0, 15.0, far, 15.0]
+    mask, corner = mask_of(PolygonMasks([[np.array(beyond)]]), 0, SIZE)
+    assert corner == (0, 0) and mask.shape == (15, 24) and mask.all()
+    found = [
+        map_record([annotation([beyond], box=(0, 0, 24, 15))], "INPUT.MASK_FORMAT", mask_format, *FEW)["instances"]
+        for mask_format in ("polygon", "bitmask")
+    ]
+    points = found[0].gt_keypoints.tensor
+    assert torch.equal(points, found[1].gt_keypoints.tensor) and points[0, -1, :2].tolist() == [12, 7.5]
+    outside = PolygonMasks([[np.array([70.0, 50, 80, 50, 80, 60])]])
+    mask, corner = mask_of(outside, 0, SIZE)
+    assert corner == (59, 39) and mask.tolist() == [[1]]
+
+
+def test_polygons_thinner_than_a_pixel():
     thin = PolygonMasks([[np.array([8.4, 2.2, 8.45, 2.2, 8.45, 2.3])], [np.array([3.0, 4, 9, 4, 9, 4.01])]])
     for i, place in enumerate([(8, 2), (6, 4)]):
-        mask, corner = mask_of(thin, i)
+        mask, corner = mask_of(thin, i, SIZE)
         assert mask.any()
         points = ContourSampler(4)(mask, np.random.RandomState(0)) + corner
         assert np.abs(points - np.add(place, 0.5)).max() <= 3

@@ -161,6 +161,32 @@ def test_more_bins_in_both_branches(narrow_cfg, design):
     assert predict(cfg).pred_masks.shape == (5, 100, 140)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["shapes_design_a", "shapes_design_b", "shapes_design_c", "shapes_reduction_maxpool"])
+def test_mixed_precision(narrow_cfg, name, dtype):
+    torch.manual_seed(0)
+    model = build_model(narrow_cfg(name, "MODEL.MASKPOINT.KEEP_MAPS", True, "MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK", True))
+    for count in (2, 0):
+        with torch.autocast("cpu", dtype):
+            losses = losses_of(model, [sample(count)])
+        sum(losses.values()).backward()
+        assert all(torch.isfinite(p.grad).all() for p in model.roi_heads.parameters())
+    with torch.no_grad(), torch.autocast("cpu", dtype):
+        (found,) = model.eval().inference([{"image": PIXELS}], do_postprocess=False)
+    assert len(found) == 5
+    for field in ("pred_keypoints", "pred_point_maps", "pred_fused_maps"):
+        assert found.get(field).dtype == torch.float32 and torch.isfinite(found.get(field)).all(), field
+
+
+@pytest.mark.parametrize("name", ["shapes_design_a", "shapes_design_c", "shapes_design_d", "shapes_reduction_avgpool"])
+def test_other_designs_without_foreground(narrow_cfg, name):
+    model = build_model(narrow_cfg(name))
+    losses = losses_of(model, [sample(0)])
+    sum(losses.values()).backward()
+    assert losses["loss_mask"] == losses["loss_keypoint"] == 0
+    assert not [n for n, p in model.named_parameters() if p.grad is None]
+
+
 def test_side_by_side_without_fusion(narrow_cfg):
     model = build_model(narrow_cfg("shapes_design_b", "MODEL.MASKPOINT.FUSION_DESIGN", "none"))
     losses = losses_of(model, [sample()])
@@ -174,8 +200,14 @@ def test_side_by_side_without_fusion(narrow_cfg):
     [pytest.param(leaf, marks=() if leaf in ("corner", "shapes_design_c") else pytest.mark.slow) for leaf in LEAVES],
 )
 def test_default_predictor_runs_on(narrow_cfg, name):
-    found = DefaultPredictor(narrow_cfg(name))(IMAGE)["instances"]
-    assert found.image_size == IMAGE.shape[:2]
+    cfg = narrow_cfg(name)
+    found = DefaultPredictor(cfg)(IMAGE)["instances"]
+    assert len(found) == 5 and found.image_size == IMAGE.shape[:2]
+    assert found.has("pred_masks") == cfg.MODEL.MASK_ON
+    assert not cfg.MODEL.MASK_ON or found.pred_masks.shape == (5, *IMAGE.shape[:2])
+    if cfg.MODEL.ROI_HEADS.NAME == "MaskPointROIHeads":
+        points = cfg.MODEL.MASKPOINT.NUM_POINTS + (cfg.MODEL.MASKPOINT.CENTER != "none")
+        assert found.pred_keypoints.shape == (5, points, 3)
 
 
 def test_no_detections(narrow_cfg):
