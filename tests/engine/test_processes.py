@@ -8,15 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from projects import load_config
+
 SCRIPT = Path(__file__).with_name("two_processes.py")
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 @pytest.fixture
-def run_two(tiny_cfg, tmp_path):
-    """``run_two(case, KEY, VALUE, ...)`` -> (completed process, output folder)."""
+def run_two(tiny_opts, tmp_path):
+    """``run_two(case, KEY, VALUE, ..., row="folder/name")`` -> (completed process, output folder)."""
 
-    def run(case: str, *opts):
-        cfg = tiny_cfg("DATASETS.TEST", (), "DATALOADER.NUM_WORKERS", 0, "MODEL.RESNETS.NORM", "GN", *opts)
+    def run(case: str, *opts, row: str = "baseline/shapes_mask_rcnn_R_18_FPN"):
+        small = [*tiny_opts, "DATASETS.TEST", (), "DATALOADER.NUM_WORKERS", 0, "MODEL.RESNETS.NORM", "GN"]
+        cfg = load_config(str(CONFIGS / f"{row}.yaml"), [*small, *opts])
         config, folder = tmp_path / "config.yaml", tmp_path / "two"
         folder.mkdir()
         config.write_text(cfg.dump())
@@ -26,8 +30,16 @@ def run_two(tiny_cfg, tmp_path):
     return run
 
 
-def test_gradients_equal_and_images_without_objects_in_one_process(run_two):
-    done, folder = run_two("gradients", "SOLVER.MAX_ITER", 3)
+@pytest.mark.parametrize(
+    "row, opts",
+    [
+        ("baseline/shapes_mask_rcnn_R_18_FPN", []),
+        ("maskplus/shapes_maskplus_R_18_FPN", ["MODEL.MASKPLUS.CONV_DIMS", [20, 16]]),
+        ("maskpoint/shapes_maskpoint_R_18_FPN", ["MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS", [16, 16]]),
+    ],
+)
+def test_gradients_equal_and_images_without_objects_in_one_process(run_two, row, opts):
+    done, folder = run_two("gradients", "SOLVER.MAX_ITER", 3, *opts, row=row)
     assert done.returncode == 0, done.stderr
     for rank in (0, 1):
         saved = torch.load(folder / f"gradients{rank}.pth", weights_only=True)
