@@ -125,10 +125,8 @@ def test_test_time_augmentation(narrow_cfg):
     assert found.pred_masks.shape[1:] == (50, 70)
 
 
-@pytest.mark.parametrize("flip", [False, True])
-def test_an_augmented_test_fuses_as_the_plain_one_does(narrow_cfg, flip):
-    """At one size without flip it is the plain one; with it, the mirrored image gives the mirrored masks."""
-    cfg = narrow_cfg("shapes_design_b", "TEST.AUG.MIN_SIZES", (64,), "TEST.AUG.FLIP", flip)
+def test_an_augmented_test_of_one_size_is_the_plain_one(narrow_cfg):
+    cfg = narrow_cfg("shapes_design_b", "TEST.AUG.MIN_SIZES", (64,), "TEST.AUG.FLIP", False)
     torch.manual_seed(0)
     model = build_model(cfg).eval()
     model.roi_heads.mask_head.fusion.reduce.weight.data.normal_(std=0.5)  # so that the fusion decides the masks
@@ -136,11 +134,9 @@ def test_an_augmented_test_fuses_as_the_plain_one_does(narrow_cfg, flip):
     augmented = GeneralizedRCNNWithTTA(cfg, model)
     with torch.no_grad():
         found = augmented([{"image": wide, "height": 64, "width": 96}])[0]["instances"]
-        other = augmented([{"image": wide.flip(2) if flip else wide, "height": 64, "width": 96}])[0]["instances"]
         plain = model([{"image": wide, "height": 64, "width": 96}])[0]["instances"]
-    expected, masks = (other.pred_masks.flip(2), found.pred_masks) if flip else (plain.pred_masks, found.pred_masks)
-    assert len(found) == len(expected) > 0
-    assert (masks == expected).float().mean() > 0.99 and 0.01 < masks.float().mean() < 0.5
+    assert len(found) == len(plain) > 0 and torch.equal(found.pred_masks, plain.pred_masks)
+    assert 0.01 < plain.pred_masks.float().mean() < 0.5
 
 
 def test_branches_can_be_switched_off_to_look_for_boxes(narrow_cfg):
