@@ -8,6 +8,7 @@ Detectron2 or torch is missing.
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import logging
 import re
@@ -56,12 +57,29 @@ def config_path(name: str) -> str:
 
     Looks inside the package (an installed copy) and beside it (a checkout). Raises ConfigError when it is in neither.
     """
-    here = Path(__file__).resolve().parent
-    folders = [here / "configs", here.parent / "configs"]
-    for folder in folders:
+    for folder in config_folders():
         if (folder / name).is_file():
             return str(folder / name)
-    raise ConfigError(f"No config '{name}' in {' or '.join(map(str, folders))}.")
+    raise ConfigError(f"No config '{name}' in {' or '.join(map(str, config_folders()))}.{alike(name)}")
+
+
+def config_folders() -> list[Path]:
+    """Where this project's configs may be: inside the package, and beside it."""
+    here = Path(__file__).resolve().parent
+    return [here / "configs", here.parent / "configs"]
+
+
+def require_config(config_file: str) -> None:
+    """Raise ConfigError unless there is such a file; it names those of this project that are spelt alike."""
+    if not Path(config_file).is_file():
+        raise ConfigError(f"There is no config file '{config_file}'. The project's own are in configs/.{alike(config_file)}")
+
+
+def alike(name: str) -> str:
+    """ " Did you mean ...?" with names of configs like this one, or nothing."""
+    own = {str(path.relative_to(folder)) for folder in config_folders() for path in folder.rglob("*.yaml")}
+    close = difflib.get_close_matches(str(name).rpartition("configs/")[2], sorted(own), n=3, cutoff=0.7)
+    return f" Did you mean {' or '.join(close)}?" if close else ""
 
 
 def stated_keys(config_file: str, opts: list | tuple = ()) -> set[str]:
@@ -96,8 +114,7 @@ def load_config(config_file: str = "", opts: list | tuple = ()) -> Config:
         raise ConfigError(f"Overrides come as KEY VALUE pairs; found {len(opts)} words: {' '.join(map(str, opts))}.")
     cfg = get_cfg()
     if config_file:
-        if not Path(config_file).is_file():
-            raise ConfigError(f"There is no config file '{config_file}'. The project's own are in configs/.")
+        require_config(config_file)
         cfg.merge_from_file(str(config_file))
     cfg.merge_from_list(opts)
     if config_file and "OUTPUT_DIR" not in stated_keys(config_file, opts):

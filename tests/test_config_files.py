@@ -85,3 +85,17 @@ def test_a_stated_gpu_that_is_not_there_is_warned_of_once(monkeypatch, caplog):
     caplog.clear()
     load_config("", ["MODEL.DEVICE", "cpu"]), load_config()
     assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    "name, meant",
+    [
+        ("configs/maskplus/shapes_biassed.yaml", " Did you mean maskplus/shapes_biased.yaml"),
+        ("maskplus/shapes_biased", " Did you mean maskplus/shapes_biased.yaml"),
+        ("/somewhere/else.yaml", ""),
+    ],
+)
+def test_a_misspelt_name_of_a_config_gets_a_suggestion(name, meant):
+    with pytest.raises(ConfigError, match=rf"no config file '{name}'. The project's own are in configs/.{meant}") as found:
+        load_config(name)
+    assert bool(meant) == ("Did you mean" in str(found.value))

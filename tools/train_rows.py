@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from projects import require_config
 from projects.engine.launch import guarded, usable_cpus
 from projects.errors import UserError
 
@@ -110,9 +111,8 @@ def table(configs: list[str], seeds: list[int], output: Path, metrics: list[str]
 
 
 def main(args) -> int:
-    missing = [config for config in args.configs if not Path(config).is_file()]
-    if missing:
-        raise UserError(f"There is no config {', '.join(missing)}. The project's own are in configs/.")
+    for config in args.configs:
+        require_config(config)
     runs = [(config, seed) for seed in args.seeds for config in args.configs]  # all rows once before any twice
     for run in runs:
         refuse_other_settings(folder_of(*run, args.output), args.opts)
