@@ -44,7 +44,10 @@ from projects.visualization import contact_sheet, draw, draw_maps, segments_of_i
 logger = logging.getLogger("demo")
 
 IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-MAPS = {"pred_point_maps": "sum of the key points' heat maps", "pred_fused_maps": "mask of the class, fused"}  # --maps
+MAPS = {  # --maps
+    "pred_point_maps": "sum of the key points' heat maps (each from its lowest value, white, to its highest, black)",
+    "pred_fused_maps": "mask of the class, fused (as above: black is inside)",
+}
 VIDEO_SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}
 
 

@@ -227,12 +227,17 @@ def _paint(image: np.ndarray, objects: list[Drawable], metadata: Metadata, color
         if o.box is not None:
             canvas.box(o.box, color)
         if o.keypoints is not None:
-            _paint_contour(canvas, o.keypoints[: o.contour], color)
+            _paint_contour(canvas, o.keypoints[: o.contour], color if o.mask is None else _light(color))
             _paint_keypoints(canvas, o.keypoints[o.contour :], color, metadata)
         place = o.label_place()
         if place is not None:
             canvas.label(f"{class_name(metadata, o.class_id, o.kind)} {o.note}".strip(), color, place)
     return canvas.picture()
+
+
+def _light(color: Color) -> Color:
+    """Halfway to white: for a contour beside the outline of a mask."""
+    return tuple((channel + 255) // 2 for channel in color)
 
 
 def _paint_contour(canvas: Canvas, points: np.ndarray, color: Color) -> None:

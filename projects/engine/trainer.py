@@ -141,6 +141,9 @@ class StandardTrainer(TrainerBase):
                 f"SOLVER.MAX_ITER is {self.max_iter}, but the checkpoint '{self.checkpointer.resumed_from}' was saved after "
                 f"{self.start_iter} iterations: set SOLVER.MAX_ITER to more than that, or to {self.start_iter} to end there."
             )
+        if self.cfg.MODEL.WEIGHTS:
+            went_on, weights = self.checkpointer.resumed_from, self.cfg.MODEL.WEIGHTS
+            logger.info("Training goes on from '%s'; MODEL.WEIGHTS '%s' is not read.", went_on, weights)
         if len(state["rng"]) == comm.get_world_size():
             set_rng_state(state["rng"][comm.get_rank()])
 
