@@ -45,8 +45,8 @@ logger = logging.getLogger("demo")
 
 IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 MAPS = {  # --maps
-    "pred_point_maps": "sum of the key points' heat maps (each from its lowest value, white, to its highest, black)",
-    "pred_fused_maps": "mask of the class, fused (as above: black is inside)",
+    "pred_point_maps": "sum of the key points' heat maps (black: high)",
+    "pred_fused_maps": "mask of the class, fused (black: high)",
 }
 VIDEO_SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}
 

@@ -228,7 +228,8 @@ def _paint(image: np.ndarray, objects: list[Drawable], metadata: Metadata, color
             canvas.box(o.box, color)
         if o.keypoints is not None:
             _paint_contour(canvas, o.keypoints[: o.contour], color if o.mask is None else _light(color))
-            _paint_keypoints(canvas, o.keypoints[o.contour :], color, metadata)
+            threshold = -np.inf if o.contour else KEYPOINT_THRESHOLD  # beside a contour, whatever their scores, as its points
+            _paint_keypoints(canvas, o.keypoints[o.contour :], color, metadata, threshold)
         place = o.label_place()
         if place is not None:
             canvas.label(f"{class_name(metadata, o.class_id, o.kind)} {o.note}".strip(), color, place)
@@ -247,9 +248,9 @@ def _paint_contour(canvas: Canvas, points: np.ndarray, color: Color) -> None:
         canvas.line(start[:2], end[:2], color)
 
 
-def _paint_keypoints(canvas: Canvas, keypoints: np.ndarray, color: Color, metadata: Metadata) -> None:
-    """The points that are seen, and between them the metadata's ``keypoint_connection_rules``."""
-    seen = (keypoints[:, 2] > KEYPOINT_THRESHOLD) & np.isfinite(keypoints).all(axis=1)
+def _paint_keypoints(canvas: Canvas, keypoints: np.ndarray, color: Color, metadata: Metadata, threshold: float) -> None:
+    """The points of higher scores than ``threshold``, and between them the metadata's ``keypoint_connection_rules``."""
+    seen = (keypoints[:, 2] > threshold) & np.isfinite(keypoints).all(axis=1)
     names = metadata.get("keypoint_names") or ()
     index = {name: i for i, name in enumerate(names) if i < len(seen) and seen[i]}
     for start, end, line_color in metadata.get("keypoint_connection_rules") or ():

@@ -22,7 +22,7 @@ RED, GREY = (220, 20, 60), 90
 
 def test_key_points_are_drawn_as_a_closed_contour():
     corners = [[100.5, 100.5, 0.001], [300.5, 100.5, 0.9], [300.5, 300.5, 0.0], [100.5, 300.5, 0.5]]
-    points = torch.tensor([[*corners, [200.5, 200.5, 0.9]]])  # and the centre
+    points = torch.tensor([[*corners, [200.5, 200.5, 0.001]]])  # and the centre
     found = Instances((450, 500), pred_keypoints=points, pred_classes=torch.tensor([0]), contour_points=torch.tensor([4]))
     metadata = Metadata(name="drawn", thing_classes=["disk"], thing_colors=[RED])
     image = np.full((450, 500, 3), GREY, np.uint8)
