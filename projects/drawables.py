@@ -21,7 +21,8 @@ from .canvas import Color, distinct_colors
 class Drawable:
     """What is drawn: ``box`` is (4,) x0 y0 x1 y1, ``mask`` (H, W) bool, ``keypoints`` (K, 3) x y score.
 
-    The first ``contour`` of the key points are the points of a closed contour in order, whatever their scores.
+    The first ``contour`` of the key points are the points of a closed contour in order. Where it is a number, 0 too, all of
+    them are drawn whatever their scores; None stands for key points that are seen or not.
     """
 
     kind: str  # "thing" or "stuff": which names and colours of the metadata are its own
@@ -30,7 +31,7 @@ class Drawable:
     box: np.ndarray | None = None
     mask: np.ndarray | None = None
     keypoints: np.ndarray | None = None
-    contour: int = 0
+    contour: int | None = None
 
     def label_place(self) -> np.ndarray | None:
         """The box, or else the point (x, y) of the mask that is farthest from its edge, or else None."""
@@ -68,7 +69,7 @@ def from_instances(instances: Instances, size: tuple[int, int], score_threshold:
             box=None if boxes is None else boxes[i].numpy(),
             mask=None if masks is None else binary_mask(masks[i], *size),
             keypoints=None if keypoints is None else keypoints[i].numpy(),
-            contour=0 if contours is None else contours[i],
+            contour=None if contours is None else contours[i],
         )
         for i in range(len(instances))
         if scores is None or scores[i] >= score_threshold

@@ -227,9 +227,9 @@ def _paint(image: np.ndarray, objects: list[Drawable], metadata: Metadata, color
         if o.box is not None:
             canvas.box(o.box, color)
         if o.keypoints is not None:
-            _paint_contour(canvas, o.keypoints[: o.contour], color if o.mask is None else _light(color))
-            threshold = -np.inf if o.contour else KEYPOINT_THRESHOLD  # beside a contour, whatever their scores, as its points
-            _paint_keypoints(canvas, o.keypoints[o.contour :], color, metadata, threshold)
+            contour, threshold = (0, KEYPOINT_THRESHOLD) if o.contour is None else (o.contour, -np.inf)
+            _paint_contour(canvas, o.keypoints[:contour], color if o.mask is None else _light(color))
+            _paint_keypoints(canvas, o.keypoints[contour:], color, metadata, threshold)
         place = o.label_place()
         if place is not None:
             canvas.label(f"{class_name(metadata, o.class_id, o.kind)} {o.note}".strip(), color, place)

@@ -40,7 +40,7 @@ def wavy_shape(radius: float) -> np.ndarray:
 
 
 def shapes() -> dict[str, np.ndarray]:
-    """The masks that are sampled: wavy ones, one with holes, and the worst there is: one full of edges, in many parts."""
+    """The masks that are sampled: wavy ones, one with holes, and a bad one: full of edges, in many parts."""
     masks = {name: wavy_shape(radius) for name, radius in RADII.items()}
     y, x = np.mgrid[: SIZE[0], : SIZE[1]]
     masks["480 x 960, full of holes"] = masks["480 x 960"] & ((y % GRID >= HOLE) | (x % GRID >= HOLE))

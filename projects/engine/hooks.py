@@ -65,27 +65,33 @@ class PreciseBN(HookBase):
 
 @torch.no_grad()
 def average_bn_statistics(model: torch.nn.Module, batches: Iterable[list[dict]]) -> None:
-    """Set the statistics of every training batch norm to mean and variance of all that it sees in these batches.
+    """Set the statistics of every training batch norm to mean and variance of all that it sees in these batches, those of all
+    processes together (each brings its own, as many as the others).
 
     One that sees nothing keeps its own: behind RoIs that may happen, where no image has an object. (fvcore's update_bn_stats
     divides by zero at the first such batch.)
     """
-    sums: dict[torch.nn.Module, tuple] = {}
+    layers = get_bn_modules(model)
+    sums = {
+        layer: torch.zeros(3, layer.num_features, dtype=torch.float64, device=layer.running_mean.device) for layer in layers
+    }
 
     def add(layer: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
         values = inputs[0].transpose(0, 1).flatten(1).double()
-        count, total, square = sums.get(layer, (0, 0, 0))
-        sums[layer] = count + values.shape[1], total + values.sum(dim=1), square + values.square().sum(dim=1)
+        sums[layer] += torch.stack([torch.ones_like(values).sum(dim=1), values.sum(dim=1), values.square().sum(dim=1)])
 
-    handles = [layer.register_forward_pre_hook(add) for layer in get_bn_modules(model)]
+    handles = [layer.register_forward_pre_hook(add) for layer in layers]
     try:
         for batch in batches:
             model(batch)
     finally:
         for handle in handles:
             handle.remove()
-    for layer, (count, total, square) in sums.items():
-        if count:
+    for layer in layers:
+        if comm.get_world_size() > 1:
+            torch.distributed.all_reduce(sums[layer])
+        count, total, square = sums[layer]
+        if count[0]:
             mean = total / count
             layer.running_mean.copy_(mean)
             layer.running_var.copy_(square / count - mean.square())

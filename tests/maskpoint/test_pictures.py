@@ -31,6 +31,11 @@ def test_key_points_are_drawn_as_a_closed_contour():
         assert tuple(picture[y, x]) == RED, (x, y)
     for x, y in ((150, 150), (250, 200), (103, 106)):  # no diagonal, no line to the centre, no dots on the contour
         assert tuple(picture[y, x]) == (GREY,) * 3, (x, y)
+    found.contour_points = torch.tensor([0])  # of several contours: dots, whatever their scores
+    dots = draw(image, found, metadata, color_by="class")
+    assert all(tuple(dots[y, x]) == RED for x, y in ((100, 100), (300, 300), (200, 200)))
+    assert tuple(dots[100, 200]) == (GREY,) * 3
+    found.contour_points = torch.tensor([4])
     points[0, 1] = float("nan")
     assert tuple(draw(image, found, metadata, color_by="class")[200, 200]) == RED  # from the first to the third corner
     found.remove("contour_points")

@@ -26,12 +26,12 @@ def test_techniques_of_heads_that_are_not_there(caplog):
         "MODEL.MASKPLUS.CONTEXT, MODEL.MASKPLUS.BOUNDARY: changed, and no part of this model is from maskplus/"
     )
     (found,) = warnings_of(caplog, "maskpoint/shapes_mask_only.yaml", "MODEL.MASKPOINT.FUSION_MODE", "add")
-    assert found.startswith("MODEL.MASKPOINT.NUM_POINTS, MODEL.MASKPOINT.FUSION_MODE: changed")
+    assert found.startswith("MODEL.MASKPOINT.FUSION_MODE: changed")
     assert warnings_of(caplog, "baseline/shapes_mask_rcnn_R_18_FPN.yaml") == []
     assert warnings_of(caplog, "maskplus/shapes_biased.yaml") == []
 
 
-@pytest.mark.parametrize("config", [name for name in SMALL if "separated" not in name and "mask_only" not in name])
+@pytest.mark.parametrize("config", [name for name in SMALL if "separated" not in name])
 def test_every_small_row_has_the_heads_that_its_keys_are_for(caplog, config):
-    """Without those that want weights of another run, and mask_only, whose mapper makes as many points as the other rows'."""
+    """Without those that want the weights of another run."""
     assert warnings_of(caplog, config) == []
