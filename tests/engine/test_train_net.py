@@ -239,11 +239,11 @@ def test_signal_to_the_whole_group_saves(tiny_opts, tmp_path, processes, number)
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_second_ctrl_c_does_not_wait(tiny_opts, tmp_path, processes):
-    slow = ["SOLVER.IMS_PER_BATCH", 400, "DATASETS.TEST", "()", "DATALOADER.NUM_WORKERS", 0]
+    slow = ["SOLVER.IMS_PER_BATCH", 40, "SOLVER.ACCUMULATE", 50, "DATASETS.TEST", "()", "DATALOADER.NUM_WORKERS", 0]
     arguments = command(tiny_opts, "--num-procs", processes) + list(map(str, slow))
     running = start_and_wait_for("Training from iteration 0", arguments, tmp_path / "log")
     for _ in range(2):
-        time.sleep(1.5)  # the other process needs a moment, and two signals at once are one
+        time.sleep(2.5)  # the other process needs a moment, and two signals at once are one
         assert running.poll() is None, (tmp_path / "log").read_text()[-2000:]
         os.killpg(running.pid, signal.SIGINT)
     assert running.wait(60) == 130, (tmp_path / "log").read_text()[-2000:]

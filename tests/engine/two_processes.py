@@ -14,6 +14,7 @@ from detectron2.utils.events import EventStorage
 from projects import load_config
 from projects.engine import trainer as trainer_module
 from projects.engine.divergence import mean_over_processes
+from projects.engine.hooks import average_bn_statistics
 from projects.engine.launch import launch
 from projects.engine.trainer import StandardTrainer
 from projects.errors import DataError
@@ -37,6 +38,16 @@ def same_gradients(trainer: StandardTrainer, folder: Path) -> None:
         alone = gradients(trainer.model)
         trainer.model.zero_grad(set_to_none=True)
     torch.save({"together": together, "alone": alone}, folder / f"gradients{comm.get_rank()}.pth")
+
+
+def same_batch_norms(rank: int) -> None:
+    """Rows 0 and 2 in the first process, 1 and 3 in the second; then none in the second."""
+    layer = torch.nn.BatchNorm1d(1)
+    rows = torch.tensor([[0.0], [2.0]])
+    average_bn_statistics(layer, [rows + rank])
+    assert (layer.running_mean.item(), layer.running_var.item()) == (1.5, 1.25)
+    average_bn_statistics(layer, [rows if rank == 0 else rows[:0]])
+    assert (layer.running_mean.item(), layer.running_var.item()) == (1, 1)
 
 
 def without_objects(batch: list[dict]) -> list[dict]:
@@ -68,6 +79,7 @@ def case(name: str, config: str, folder: str) -> int:
     if name == "gradients":
         rank = comm.get_rank()
         assert mean_over_processes({"a": torch.tensor(float(rank))}, flag=rank == 1) == ({"a": 0.5}, True)
+        same_batch_norms(rank)
         same_gradients(trainer, Path(folder))
         change = second_process_only(without_objects)
         trainer.parallel_model.forward = lambda batch: forward(change(batch))

@@ -215,6 +215,7 @@ def test_side_by_side_without_fusion(narrow_cfg):
 )
 def test_default_predictor_runs_on(narrow_cfg, name):
     cfg = narrow_cfg(name)
+    torch.manual_seed(0)
     found = DefaultPredictor(cfg)(IMAGE)["instances"]
     assert len(found) == 5 and found.image_size == IMAGE.shape[:2]
     assert found.has("pred_masks") == cfg.MODEL.MASK_ON
